@@ -1,0 +1,270 @@
+"""The Legendre Memory Unit over sequences (Voelker, Kajic & Eliasmith 2019).
+
+Plain torch.nn, with every argument of the layer that the papers and their reference implementation describe. Where
+neither ``hidden_to_memory`` nor ``memory_to_memory`` is set the memory is a fixed linear filter and runs in parallel over
+time (Chilkuri & Eliasmith 2021); otherwise step by step. Both give the same numbers from the same weights.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .cell_registry import HiddenCellSpec
+from .cells import is_recurrent
+from .lmu_cell import LMUCell, LMUState
+from .memory import ALGORITHMS, linear_memory
+from .ragged import blank, last_valid, pack, reverse, to_front, to_place
+from .recurrence import naive_recurrence, naive_scan
+
+
+class BidirectionalState(NamedTuple):
+    """The states of both directions of a bidirectional LMU.
+
+    Attributes:
+        forward: state after the last step.
+        backward: state after the first step, reached last by the direction that runs from the end.
+    """
+
+    forward: LMUState
+    backward: LMUState
+
+
+class LMU(nn.Module):
+    """A Legendre Memory Unit over sequences.
+
+    Args:
+        input_size: features of x per time step.
+        memory_d: see :class:`LMUCell`, as all arguments up to ``return_sequences``.
+        order: Legendre polynomials per dimension.
+        theta: window length in time steps, or one per memory dimension.
+        hidden_cell: what to compute from the memory.
+        hidden_size: units of a named hidden cell.
+        hidden_act: activation of a named hidden cell.
+        return_sequences: return the outputs of all steps; otherwise only of the last one.
+        return_state: return ``(output, state)``.
+        time_major: inputs and sequence outputs are (time, batch, features).
+        stateful: start each call from the state where the one before ended; see :meth:`reset_state`.
+        go_backwards: run from the last step to the first; sequence outputs come in that order too.
+        bidirectional: run both ways, with separate weights, and join the outputs, both in time order.
+        algorithm: how the memory is computed: "auto", "naive", "chunked", "fft" or "final". A choice of this run that is not
+            part of a checkpoint; may be set at any time.
+        **kwargs: the other arguments of :class:`LMUCell`.
+
+    Raises:
+        ValueError: an argument is wrong or arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        memory_d: int,
+        order: int,
+        theta: float | Sequence[float],
+        hidden_cell: HiddenCellSpec = None,
+        hidden_size: int | None = None,
+        hidden_act: str | None = "",
+        *,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        time_major: bool = False,
+        stateful: bool = False,
+        go_backwards: bool = False,
+        bidirectional: bool = False,
+        algorithm: str = "auto",
+        **kwargs: Any,
+    ):
+        super().__init__()
+        if bidirectional and (stateful or go_backwards):
+            found = "stateful" if stateful else "go_backwards"
+            raise ValueError(
+                f"{found}: a bidirectional layer already runs from both ends of each sequence; leave out {found} or "
+                "bidirectional"
+            )
+        self.return_sequences, self.return_state = return_sequences, return_state
+        self.time_major, self.stateful = time_major, stateful
+        self.go_backwards, self.bidirectional = go_backwards, bidirectional
+        arguments = (input_size, memory_d, order, theta, hidden_cell, hidden_size, hidden_act)
+        self.cell = LMUCell(*arguments, **kwargs)
+        if bidirectional and _holds_module(hidden_cell):
+            raise ValueError(
+                "hidden_cell: a bidirectional layer needs one cell per direction and cannot share this module; name the "
+                "cell instead, with register_hidden_cell if it is your own"
+            )
+        self.backward_cell = LMUCell(*arguments, **kwargs) if bidirectional else None
+        self._state: LMUState | None = None
+        self.algorithm = algorithm
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm of the memory; "auto" chooses by the sizes."""
+        return self._algorithm
+
+    @algorithm.setter
+    def algorithm(self, name: str) -> None:
+        if name not in ("auto", *ALGORITHMS):
+            raise ValueError(f"algorithm: expected 'auto' or one of {list(ALGORITHMS)}, found {name!r}")
+        if name in ("chunked", "fft", "final") and self.cell.coupled:
+            raise ValueError(
+                f"algorithm: {name!r} needs a memory whose input is known in advance, but hidden_to_memory or "
+                "memory_to_memory feed the state back into it; use 'auto' or 'naive'"
+            )
+        if name == "final" and (self.return_sequences or self._hidden_is_recurrent):
+            reason = "return_sequences=True" if self.return_sequences else "a recurrent hidden cell"
+            raise ValueError(f"algorithm: 'final' gives the last memory state only, but {reason} needs all; use 'auto'")
+        self._algorithm = name
+
+    @property
+    def output_size(self) -> int:
+        """Number of output features; both directions together."""
+        return self.cell.output_size * (2 if self.bidirectional else 1)
+
+    @property
+    def _hidden_is_recurrent(self) -> bool:
+        return self.cell.hidden_cell is not None and is_recurrent(self.cell.hidden_cell)
+
+    def reset_state(self, rows: Tensor | Sequence[int] | None = None) -> None:
+        """Forgets the state of a stateful layer, of all rows or of the given ones (an index or boolean tensor or list)."""
+        if self._state is None:
+            return
+        if rows is None:
+            self._state = None
+            return
+        index = torch.as_tensor(rows, device=self._state.memory.device)
+        for tensor in LMUCell.flatten_state(self._state):
+            tensor[index] = 0
+
+    def reset_parameters(self) -> None:
+        """Initialises all weights anew."""
+        self.cell.reset_parameters()
+        if self.backward_cell is not None:
+            self.backward_cell.reset_parameters()
+
+    def regularization_loss(self) -> Tensor:
+        """The sum of the regularizers' penalties, a scalar; add it to the loss."""
+        loss = self.cell.regularization_loss()
+        return loss if self.backward_cell is None else loss + self.backward_cell.regularization_loss()
+
+    def reconstruct(self, memory: Tensor, lags: Tensor | Sequence[float] | None = None) -> Tensor:
+        """Reads the remembered window back; see :meth:`LMUCell.reconstruct`."""
+        return self.cell.reconstruct(memory, lags)
+
+    def forward(
+        self,
+        x: Tensor,
+        initial_state: LMUState | BidirectionalState | Sequence[Any] | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, LMUState | BidirectionalState]:
+        """Runs the layer over a batch of sequences.
+
+        Padding is exact: whatever it holds and wherever it lies, each row's outputs and final state are those of the row
+        alone. Outputs at padded steps are zero.
+
+        Args:
+            x: inputs (batch, time, input_size), or (time, batch, input_size) if time_major.
+            initial_state: the state to start from: an LMUState, its tensors [m, hidden states...], or a pair of these if
+                bidirectional. Zeros, or the kept state of a stateful layer, when None.
+            mask: non-zero where a step is valid, (batch, time), or (time, batch) if time_major.
+            lengths: number of valid steps per row (batch,), for padding at the end; instead of ``mask``.
+
+        Returns:
+            The output of the last valid step (batch, output_size), or with return_sequences of every step (batch, time,
+            output_size), time first if time_major; with return_state also the state after each row's last valid step.
+
+        Raises:
+            ValueError: a shape is wrong, or both mask and lengths are given.
+        """
+        features = self.cell.input_size
+        if x.ndim != 3 or x.shape[-1] != features or x.shape[0] == 0 or x.shape[1] == 0:
+            axes = "time, batch" if self.time_major else "batch, time"
+            raise ValueError(
+                f"x: expected ({axes}, input_size={features}) with at least one row and one time step, found "
+                f"{tuple(x.shape)}"
+            )
+        if mask is not None and lengths is not None:
+            raise ValueError("mask: expected mask or lengths, found both; leave one out")
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise ValueError(f"mask: expected {tuple(x.shape[:2])} like the first axes of x, found {tuple(mask.shape)}")
+        if self.time_major:
+            x, mask = x.transpose(0, 1), None if mask is None else mask.transpose(0, 1)
+        packing = None if mask is None else pack(mask)
+        if packing is not None:
+            x, lengths = to_front(x, packing), packing.lengths
+        elif lengths is not None:
+            if lengths.shape != x.shape[:1]:
+                raise ValueError(f"lengths: expected one per row {tuple(x.shape[:1])}, found {tuple(lengths.shape)}")
+            x = blank(x, lengths)
+
+        output, state = self._run_directions(x, initial_state, lengths)
+        if self.return_sequences:
+            output = output if packing is None else to_place(output, packing)
+            output = output.transpose(0, 1) if self.time_major else output
+        return (output, state) if self.return_state else output
+
+    def _run_directions(
+        self, x: Tensor, initial_state: Any, lengths: Tensor | None
+    ) -> tuple[Tensor, LMUState | BidirectionalState]:
+        if self.backward_cell is not None:
+            starts = (None, None) if initial_state is None else initial_state
+            forward, forward_state = self._run(self.cell, x, self.cell.check_state(starts[0], x), lengths)
+            start = self.backward_cell.check_state(starts[1], x)
+            backward, backward_state = self._run(self.backward_cell, reverse(x, lengths), start, lengths)
+            if self.return_sequences:
+                backward = reverse(backward, lengths)
+            return torch.cat([forward, backward], dim=-1), BidirectionalState(forward_state, backward_state)
+        if initial_state is None and self.stateful:
+            initial_state = self._state
+            if initial_state is not None and initial_state.memory.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"x: expected the {initial_state.memory.shape[0]} rows whose state this stateful layer keeps, found "
+                    f"{x.shape[0]}; call reset_state() before a batch of another size"
+                )
+        start = self.cell.check_state(initial_state, x)
+        output, state = self._run(self.cell, reverse(x, lengths) if self.go_backwards else x, start, lengths)
+        if self.stateful:
+            # Detached: a gradient never runs past the call that it belongs to.
+            self._state = LMUCell.unflatten_state(tuple(t.detach().clone() for t in LMUCell.flatten_state(state)))
+        return output, state
+
+    def _run(self, cell: LMUCell, x: Tensor, state: LMUState, lengths: Tensor | None) -> tuple[Tensor, LMUState]:
+        """Runs one direction over rows whose valid steps come first."""
+        if cell.coupled or self.algorithm == "naive":
+            return naive_recurrence(cell, x, state, lengths, return_sequence=self.return_sequences)
+        hidden_cell = cell.hidden_cell
+        all_states = self.return_sequences or self._hidden_is_recurrent
+        u = cell.encode(x, dropout=cell.sample_dropout(x))
+        memory, final_memory = linear_memory(
+            u, cell.system(), state.memory, lengths, return_sequence=all_states, algorithm=self.algorithm
+        )
+        if memory is None:
+            z = cell.hidden_input(final_memory, last_valid(x, lengths))
+            output, hidden = (z, ()) if hidden_cell is None else hidden_cell(z, state.hidden)
+            if lengths is not None:
+                # A row without a valid step has no output, and keeps its state.
+                output = output.masked_fill((lengths == 0)[:, None], 0)
+        elif hidden_cell is not None and self._hidden_is_recurrent:
+            z = cell.hidden_input(memory, x)
+            output, hidden = naive_scan(hidden_cell, z, state.hidden, lengths, return_sequence=self.return_sequences)
+            return output, LMUState(final_memory, hidden)
+        else:
+            z = cell.hidden_input(memory, x)
+            output, hidden = (z, ()) if hidden_cell is None else hidden_cell(z, state.hidden)
+            output = blank(output, lengths)
+            hidden = tuple(last_valid(tensor, lengths) for tensor in hidden)
+        if lengths is not None:
+            hidden = tuple(
+                torch.where((lengths > 0)[:, None], new, old) for new, old in zip(hidden, state.hidden, strict=True)
+            )
+        return output, LMUState(final_memory, tuple(hidden))
+
+    def extra_repr(self) -> str:
+        names = ("return_sequences", "return_state", "time_major", "stateful", "go_backwards", "bidirectional")
+        return ", ".join(name for name in names if getattr(self, name))
+
+
+def _holds_module(spec: HiddenCellSpec) -> bool:
+    if isinstance(spec, Sequence) and not isinstance(spec, str):
+        return any(_holds_module(part) for part in spec)
+    return isinstance(spec, nn.Module)

@@ -1,0 +1,252 @@
+"""The linear memory over a whole sequence: m[t] = Ad m[t-1] + Bd u[t] for every memory dimension.
+
+One pure function, :func:`linear_memory`, and four algorithms that give the same numbers:
+
+=========  ============================================================  =======================================
+name       how                                                           good for
+=========  ============================================================  =======================================
+naive      one step after the other                                      the reference; very short sequences
+chunked    C steps at once by one product with a constant operator       all states, most sizes
+fft        product of spectra with the impulse response                  all states, one sequence, high order
+final      one product with the reversed impulse response                the last state only
+=========  ============================================================  =======================================
+
+The three parallel ones follow Chilkuri & Eliasmith 2021 (eq. 22-26), extended by an initial state, by rows of different
+lengths and by one theta per memory dimension.
+
+Axes: ``B T D N`` are batch, time, memory dimension, order. ``S`` is 1 when all dimensions share one theta, else D; inside
+the algorithms the D (or 0) dimensions that share a system are folded into the batch: (S, R, ...) with S * R = B * D.
+"""
+
+import torch
+from torch import Tensor
+
+from .legendre import DelaySystem
+from .ragged import blank, last_valid, reverse
+
+ALGORITHMS = ("naive", "chunked", "fft", "final")
+
+# Time steps that the last-state product takes at once; bounds its operator at long T.
+_FINAL_SEGMENT = 4096
+
+
+def linear_memory(
+    u: Tensor,
+    system: DelaySystem,
+    initial_state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    return_sequence: bool = True,
+    algorithm: str = "auto",
+) -> tuple[Tensor | None, Tensor]:
+    """Runs the memory over a sequence.
+
+    Computes in float32, or in float64 for float64 inputs, whatever autocast says: in half precision the state would
+    drift.
+
+    Args:
+        u: memory input (B, T, D), T >= 1.
+        system: the delay system, with one scale or one per memory dimension.
+        initial_state: memory before the first step (B, D, N); zeros when None.
+        lengths: number of valid steps per row (B,), an integer tensor. Later steps leave the state of the row as it is, and
+            their values of ``u`` are never read. All steps are valid when None.
+        return_sequence: also return the state after each step.
+        algorithm: "naive", "chunked", "fft", "final" or "auto", which chooses by the sizes. All agree to rounding.
+
+    Returns:
+        The states after each step (B, T, D, N), zero past the length of a row, or None without ``return_sequence``; and
+        the state after each row's last valid step (B, D, N).
+
+    Raises:
+        ValueError: a shape does not fit, or the named algorithm cannot do what is asked.
+    """
+    if u.ndim != 3 or u.shape[1] == 0:
+        raise ValueError(f"u: expected (batch, time >= 1, memory_d), found {tuple(u.shape)}")
+    batch, steps, dims = u.shape
+    if system.scales not in (1, dims):
+        raise ValueError(f"system: expected 1 or memory_d={dims} values of theta, found {system.scales}")
+    expected = (batch, dims, system.order)
+    if initial_state is not None and tuple(initial_state.shape) != expected:
+        raise ValueError(f"initial_state: expected (batch, memory_d, order)={expected}, found {tuple(initial_state.shape)}")
+    if lengths is not None and tuple(lengths.shape) != (batch,):
+        raise ValueError(f"lengths: expected one per row ({batch},), found {tuple(lengths.shape)}")
+    if algorithm == "auto":
+        algorithm = choose_algorithm(batch, steps, dims, system.order, return_sequence)
+    if algorithm not in _IMPLEMENTATIONS:
+        raise ValueError(f"algorithm: expected 'auto' or one of {list(ALGORITHMS)}, found {algorithm!r}")
+    if algorithm == "final" and return_sequence:
+        raise ValueError(
+            "algorithm: 'final' computes the last state only and cannot return the sequence; use 'chunked', 'fft', 'naive' "
+            "or 'auto', or return_sequence=False"
+        )
+    with torch.autocast(u.device.type, enabled=False):
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        u = blank(u.to(dtype), lengths)
+        if initial_state is not None:
+            initial_state = initial_state.to(dtype)
+        states, final = _IMPLEMENTATIONS[algorithm](u, system, initial_state, lengths)
+        return (states if return_sequence else None), final
+
+
+def choose_algorithm(batch: int, steps: int, dims: int, order: int, return_sequence: bool) -> str:
+    """The algorithm that ``auto`` takes for these sizes, by measurements on a CPU."""
+    if not return_sequence:
+        return "final"
+    if steps < 4:
+        return "naive"
+    if batch * dims <= 2 and order >= 64 and steps <= 4096:
+        return "fft"
+    return "chunked"
+
+
+def naive_linear_memory(
+    u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The definition, step by step. Same arguments and results as the other algorithms."""
+    Ad, Bd = system.matrices(u.dtype, u.device)
+    memory = _zero_state(u, system) if initial_state is None else initial_state
+    states = []
+    for t in range(u.shape[1]):
+        updated = memory_step(memory, u[:, t], Ad, Bd)
+        if lengths is not None:
+            valid = (t < lengths)[:, None, None]
+            states.append(updated.masked_fill(~valid, 0.0))
+            updated = torch.where(valid, updated, memory)
+        else:
+            states.append(updated)
+        memory = updated
+    return torch.stack(states, dim=1), memory
+
+
+def memory_step(memory: Tensor, u: Tensor, Ad: Tensor, Bd: Tensor) -> Tensor:
+    """One step of the memory: m (B, D, N), u (B, D), Ad (S, N, N), Bd (S, N) -> (B, D, N), in the dtype of ``Ad``."""
+    if torch.is_autocast_enabled(u.device.type):
+        with torch.autocast(u.device.type, enabled=False):
+            return memory_step(memory, u, Ad, Bd)
+    memory, u = memory.to(Ad.dtype), u.to(Ad.dtype)
+    if Ad.shape[0] == 1:
+        return memory @ Ad[0].mT + u[..., None] * Bd
+    return torch.einsum("bdj,dij->bdi", memory, Ad) + u[..., None] * Bd
+
+
+def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    inputs = _fold(u, system.scales)
+    rows, steps = inputs.shape[1:]
+    size = min(steps, _chunk_size(rows, system.order))
+    from_input, from_state = system.chunk_operator(size, u.dtype, u.device)
+    memory = None if initial_state is None else _fold_state(initial_state, system.scales)
+    chunks = []
+    for start in range(0, steps, size):
+        count = min(size, steps - start)
+        # A short last chunk needs only the leading block of the operator, because the operator is causal.
+        span = count * system.order
+        chunk = inputs[..., start : start + count] @ from_input[:, :count, :span]
+        if memory is not None:
+            chunk = torch.baddbmm(chunk, memory, from_state[..., :span])
+        memory = chunk[..., -system.order :]
+        chunks.append(chunk)
+    states = torch.cat(chunks, dim=-1).unflatten(-1, (steps, system.order))
+    return _finish(_unfold(states, u.shape), initial_state, lengths)
+
+
+def _fft(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    inputs = _fold(u, system.scales)
+    steps = inputs.shape[-1]
+    size = 1 << (2 * steps - 1).bit_length()  # no wrap-around, and a power of two
+    response = torch.fft.rfft(system.impulse_response(steps, u.dtype, u.device).mT, n=size)
+    spectrum = torch.fft.rfft(inputs, n=size)[:, :, None] * response[:, None]
+    states = torch.fft.irfft(spectrum, n=size)[..., :steps].mT
+    if initial_state is not None:
+        states = states + _free_response(_fold_state(initial_state, system.scales), system, steps)
+    return _finish(_unfold(states, u.shape), initial_state, lengths)
+
+
+def _final(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[None, Tensor]:
+    steps = u.shape[1]
+    # Newest first: m_T = sum_k H[k] u[T-1-k], and rows that are shorter just end in zeros.
+    newest_first = _fold(reverse(u, lengths), system.scales)
+    response = system.impulse_response(min(steps, _FINAL_SEGMENT), u.dtype, u.device)
+    memory: Tensor | None = None
+    for start in reversed(range(0, steps, _FINAL_SEGMENT)):
+        segment = newest_first[..., start : start + _FINAL_SEGMENT]
+        update = segment @ response[:, : segment.shape[-1]]
+        if memory is not None:
+            update = torch.baddbmm(update, memory, system.power(segment.shape[-1], u.dtype, u.device).mT)
+        memory = update
+    assert memory is not None
+    final = _unfold_state(memory, u.shape)
+    if initial_state is not None:
+        final = final + _advance(initial_state, system, steps, lengths)
+    return None, final
+
+
+_IMPLEMENTATIONS = {"naive": naive_linear_memory, "chunked": _chunked, "fft": _fft, "final": _final}
+
+
+def _chunk_size(rows: int, order: int) -> int:
+    # Work per step grows with the chunk, the number of sequential products falls with it; few rows or a low order leave
+    # each product too small to fill the machine.
+    return 16 if rows >= 16 and order >= 32 else 64
+
+
+def _advance(memory: Tensor, system: DelaySystem, steps: int, lengths: Tensor | None) -> Tensor:
+    """Ad^steps m, or Ad^length m per row: binary powers, so that any mix of lengths costs log2(T) products."""
+    folded = _fold_state(memory, system.scales)
+    if lengths is None:
+        return _unfold_state(folded @ system.power(steps, memory.dtype, memory.device).mT, memory.shape)
+    for bit in range(steps.bit_length()):
+        power = system.power(1 << bit, memory.dtype, memory.device)
+        advanced = _unfold_state(_fold_state(memory, system.scales) @ power.mT, memory.shape)
+        memory = torch.where((lengths >> bit & 1).bool()[:, None, None], advanced, memory)
+    return memory
+
+
+def _free_response(memory: Tensor, system: DelaySystem, steps: int) -> Tensor:
+    """Ad^(t+1) m for t = 0 .. steps-1 by doubling: (S, R, N) -> (S, R, steps, N)."""
+    states = (memory @ system.power(1, memory.dtype, memory.device).mT)[:, :, None]
+    while states.shape[2] < steps:
+        count = states.shape[2]
+        power = system.power(count, memory.dtype, memory.device)
+        states = torch.cat([states, states @ power.mT[:, None]], dim=2)
+    return states[:, :, :steps]
+
+
+def _zero_state(u: Tensor, system: DelaySystem) -> Tensor:
+    return u.new_zeros(u.shape[0], u.shape[2], system.order)
+
+
+def _fold(u: Tensor, scales: int) -> Tensor:
+    """(B, T, D) -> (S, R, T)."""
+    if scales == 1:
+        return u.mT.reshape(1, -1, u.shape[1])
+    return u.permute(2, 0, 1)
+
+
+def _unfold(states: Tensor, shape: torch.Size) -> Tensor:
+    """(S, R, T, N) -> (B, T, D, N)."""
+    batch, steps, dims = shape
+    if states.shape[0] == 1:
+        return states.reshape(batch, dims, steps, -1).transpose(1, 2)
+    return states.permute(1, 2, 0, 3)
+
+
+def _fold_state(memory: Tensor, scales: int) -> Tensor:
+    """(B, D, N) -> (S, R, N)."""
+    return memory.reshape(1, -1, memory.shape[-1]) if scales == 1 else memory.transpose(0, 1)
+
+
+def _unfold_state(memory: Tensor, shape: torch.Size) -> Tensor:
+    """(S, R, N) -> (B, D, N), given any shape that starts with B."""
+    if memory.shape[0] == 1:
+        return memory.reshape(shape[0], -1, memory.shape[-1])
+    return memory.transpose(0, 1)
+
+
+def _finish(states: Tensor, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Takes each row's final state out of the sequence and blanks the steps past its length."""
+    if lengths is None:
+        return states, states[:, -1]
+    final = last_valid(states, lengths)
+    if initial_state is not None:
+        final = torch.where((lengths > 0)[:, None, None], final, initial_state)
+    return blank(states, lengths), final

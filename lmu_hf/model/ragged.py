@@ -1,0 +1,80 @@
+"""Rows of different lengths: moves the valid steps of every row to its front and back again.
+
+With the padding behind the last valid step nothing that runs forward in time can see it, so one rule, "stop at the
+length", makes every algorithm exact for padding on the left, on the right and in between.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Packing(NamedTuple):
+    """Where the valid steps of a padded batch lie.
+
+    Attributes:
+        lengths: number of valid steps per row (B,), int64.
+        order: for each packed position the step it comes from (B, T): the valid steps in time order, then the others.
+        rank: for each step its packed position (B, T), the inverse of ``order``.
+        mask: validity of each step (B, T), bool.
+    """
+
+    lengths: Tensor
+    order: Tensor
+    rank: Tensor
+    mask: Tensor
+
+
+def pack(mask: Tensor) -> Packing:
+    """Finds the packing of a mask (B, T), non-zero where a step is valid."""
+    valid = mask.to(torch.bool)
+    order = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)
+    return Packing(valid.sum(1), order, torch.argsort(order, dim=1), valid)
+
+
+def to_front(x: Tensor, packing: Packing) -> Tensor:
+    """(B, T, ...) with the valid steps of each row first and zeros after them; padding is not read, NaN included."""
+    return blank(_take(x, packing.order), packing.lengths)
+
+
+def past(lengths: Tensor, steps: int) -> Tensor:
+    """(B, T), True at the steps past a row's length."""
+    return torch.arange(steps, device=lengths.device) >= lengths[:, None]
+
+
+def blank(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """(B, T, ...) with zeros past each row's length. Fills rather than multiplies: padding may hold NaN."""
+    if lengths is None:
+        return x
+    return x.masked_fill(_like(past(lengths, x.shape[1]), x), 0)
+
+
+def to_place(x: Tensor, packing: Packing) -> Tensor:
+    """Undoes :func:`to_front`: every valid step where it came from, zeros at the padding."""
+    moved = _take(x, packing.rank)
+    return moved.masked_fill(_like(~packing.mask, moved), 0)
+
+
+def reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Reverses the first ``lengths`` steps of each row of (B, T, ...); the rest stays. All steps when None."""
+    if lengths is None:
+        return x.flip(1)
+    steps = torch.arange(x.shape[1], device=x.device)
+    return _take(x, torch.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps))
+
+
+def last_valid(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """The last valid step of each row of (B, T, ...) -> (B, ...); zeros for a row without any."""
+    if lengths is None:
+        return x[:, -1]
+    last = _take(x, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+    return last.masked_fill(_like(lengths == 0, last), 0)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, _like(index, x).expand(-1, -1, *x.shape[2:]))
+
+
+def _like(values: Tensor, x: Tensor) -> Tensor:
+    return values.reshape(*values.shape, *[1] * (x.ndim - values.ndim))
