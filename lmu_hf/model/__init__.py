@@ -1,1 +1,1 @@
-"""Everything that travels with a checkpoint."""
+"""Everything that travels with a checkpoint: the layer, the configuration, the models and the processors."""

@@ -55,7 +55,7 @@ def build_hidden_cell(
     input_size: int,
     input_to_hidden: bool,
     hidden_size: int | None = None,
-    hidden_act: str | None = "",
+    hidden_act: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module | None:
@@ -69,7 +69,7 @@ def build_hidden_cell(
         input_size: features of x.
         input_to_hidden: x is appended to the memory in ``z``.
         hidden_size: units, where the specification does not say.
-        hidden_act: name of the activation, where the specification does not say; "" for the cell's own default.
+        hidden_act: name of the activation, where the specification does not say; None for the cell's own default.
         device: of the weights of named cells.
         dtype: of the weights of named cells.
 
@@ -95,7 +95,7 @@ def build_hidden_cell(
         options = {key: value for key, value in spec.items() if key != "name"}
         name = spec["name"]
         size = options.pop("hidden_size", default_size)
-        if hidden_act != "":
+        if hidden_act is not None:
             options.setdefault("activation", hidden_act)
         try:
             if name == "readout":

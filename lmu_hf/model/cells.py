@@ -49,7 +49,7 @@ def check_activation(field: str, name: Any) -> str:
     if name is None:
         return "linear"
     if name not in ACTIVATIONS:
-        raise ValueError(f"{field}: expected one of {sorted(ACTIVATIONS)} or None, found {name!r}")
+        raise ValueError(f"{field}: expected one of {sorted(ACTIVATIONS)}, found {name!r}")
     return name
 
 
@@ -59,7 +59,7 @@ class _BuiltinCell(nn.Module):
     Args:
         input_size: features of ``z``.
         hidden_size: number of units.
-        activation: name of the output activation.
+        activation: name of the output activation; None for the default of the cell.
         use_bias: add a bias.
         kernel_initializer: of ``weight_ih``; may be given per block "memory", "input" of ``z``.
         recurrent_initializer: of ``weight_hh``.
@@ -75,7 +75,7 @@ class _BuiltinCell(nn.Module):
         self,
         input_size: int,
         hidden_size: int,
-        activation: str | None = "",
+        activation: str | None = None,
         use_bias: bool = True,
         kernel_initializer: Spec = "glorot_uniform",
         recurrent_initializer: Spec = "orthogonal",
@@ -88,7 +88,7 @@ class _BuiltinCell(nn.Module):
         if isinstance(hidden_size, bool) or not isinstance(hidden_size, int) or hidden_size < 1:
             raise ValueError(f"hidden_size: expected a whole number >= 1, found {hidden_size!r}")
         self.input_size, self.hidden_size = input_size, hidden_size
-        self.activation = check_activation("hidden_act", self.default_activation if activation == "" else activation)
+        self.activation = check_activation("hidden_act", activation or self.default_activation)
         self.blocks = dict(blocks) if blocks is not None else {"memory": input_size}
         self.kernel_initializer, self.recurrent_initializer = kernel_initializer, recurrent_initializer
         self.bias_initializer = bias_initializer

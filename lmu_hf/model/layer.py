@@ -64,7 +64,7 @@ class LMU(nn.Module):
         theta: float | Sequence[float],
         hidden_cell: HiddenCellSpec = None,
         hidden_size: int | None = None,
-        hidden_act: str | None = "",
+        hidden_act: str | None = None,
         *,
         return_sequences: bool = False,
         return_state: bool = False,
@@ -197,21 +197,32 @@ class LMU(nn.Module):
                 raise ValueError(f"lengths: expected one per row {tuple(x.shape[:1])}, found {tuple(lengths.shape)}")
             x = blank(x, lengths)
 
-        output, state = self._run_directions(x, initial_state, lengths)
+        output, state = self.run(x, initial_state, lengths, return_sequences=self.return_sequences)
         if self.return_sequences:
             output = output if packing is None else to_place(output, packing)
             output = output.transpose(0, 1) if self.time_major else output
         return (output, state) if self.return_state else output
 
-    def _run_directions(
-        self, x: Tensor, initial_state: Any, lengths: Tensor | None
+    def run(
+        self, x: Tensor, initial_state: Any = None, lengths: Tensor | None = None, *, return_sequences: bool = True
     ) -> tuple[Tensor, LMUState | BidirectionalState]:
+        """The layer without the checks and the reordering of :meth:`forward`, for callers that pack once for many layers.
+
+        Args:
+            x: inputs (batch, time, input_size); the valid steps of each row come first and zeros follow.
+            initial_state: as in :meth:`forward`.
+            lengths: number of valid steps per row (batch,), or None for all.
+            return_sequences: return the outputs of all steps rather than the last valid one.
+
+        Returns:
+            The outputs, zero past a row's length, and the state.
+        """
         if self.backward_cell is not None:
             starts = (None, None) if initial_state is None else initial_state
-            forward, forward_state = self._run(self.cell, x, self.cell.check_state(starts[0], x), lengths)
+            forward, forward_state = self._run(self.cell, x, self.cell.check_state(starts[0], x), lengths, return_sequences)
             start = self.backward_cell.check_state(starts[1], x)
-            backward, backward_state = self._run(self.backward_cell, reverse(x, lengths), start, lengths)
-            if self.return_sequences:
+            backward, backward_state = self._run(self.backward_cell, reverse(x, lengths), start, lengths, return_sequences)
+            if return_sequences:
                 backward = reverse(backward, lengths)
             return torch.cat([forward, backward], dim=-1), BidirectionalState(forward_state, backward_state)
         if initial_state is None and self.stateful:
@@ -222,18 +233,21 @@ class LMU(nn.Module):
                     f"{x.shape[0]}; call reset_state() before a batch of another size"
                 )
         start = self.cell.check_state(initial_state, x)
-        output, state = self._run(self.cell, reverse(x, lengths) if self.go_backwards else x, start, lengths)
+        x = reverse(x, lengths) if self.go_backwards else x
+        output, state = self._run(self.cell, x, start, lengths, return_sequences)
         if self.stateful:
             # Detached: a gradient never runs past the call that it belongs to.
             self._state = LMUCell.unflatten_state(tuple(t.detach().clone() for t in LMUCell.flatten_state(state)))
         return output, state
 
-    def _run(self, cell: LMUCell, x: Tensor, state: LMUState, lengths: Tensor | None) -> tuple[Tensor, LMUState]:
+    def _run(
+        self, cell: LMUCell, x: Tensor, state: LMUState, lengths: Tensor | None, return_sequences: bool
+    ) -> tuple[Tensor, LMUState]:
         """Runs one direction over rows whose valid steps come first."""
         if cell.coupled or self.algorithm == "naive":
-            return naive_recurrence(cell, x, state, lengths, return_sequence=self.return_sequences)
+            return naive_recurrence(cell, x, state, lengths, return_sequence=return_sequences)
         hidden_cell = cell.hidden_cell
-        all_states = self.return_sequences or self._hidden_is_recurrent
+        all_states = return_sequences or self._hidden_is_recurrent
         u = cell.encode(x, dropout=cell.sample_dropout(x))
         memory, final_memory = linear_memory(
             u, cell.system(), state.memory, lengths, return_sequence=all_states, algorithm=self.algorithm
@@ -246,7 +260,7 @@ class LMU(nn.Module):
                 output = output.masked_fill((lengths == 0)[:, None], 0)
         elif hidden_cell is not None and self._hidden_is_recurrent:
             z = cell.hidden_input(memory, x)
-            output, hidden = naive_scan(hidden_cell, z, state.hidden, lengths, return_sequence=self.return_sequences)
+            output, hidden = naive_scan(hidden_cell, z, state.hidden, lengths, return_sequence=return_sequences)
             return output, LMUState(final_memory, hidden)
         else:
             z = cell.hidden_input(memory, x)

@@ -63,7 +63,7 @@ class LMUCell(nn.Module):
             cell or nn.Linear, a module that follows the protocol of ``cells.py``, or a list of these (a stack). None
             makes [m, x] itself the output.
         hidden_size: units of a named hidden cell.
-        hidden_act: activation of a named hidden cell; "" for its own default (tanh, linear for "dense" and "readout").
+        hidden_act: activation of a named hidden cell; None for its own default (tanh, linear for "dense" and "readout").
         trainable_theta: train 1 / theta, held at >= 0 (and, under Euler, where the memory is stable).
         hidden_to_memory: feed the hidden cell's output back into u.
         memory_to_memory: feed the whole memory back into u.
@@ -96,7 +96,7 @@ class LMUCell(nn.Module):
         theta: float | Sequence[float],
         hidden_cell: HiddenCellSpec = None,
         hidden_size: int | None = None,
-        hidden_act: str | None = "",
+        hidden_act: str | None = None,
         *,
         trainable_theta: bool = False,
         hidden_to_memory: bool = False,
