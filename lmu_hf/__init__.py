@@ -1,1 +1,48 @@
+"""Legendre Memory Units as first-class Hugging Face models.
+
+Importing this package makes the model type "lmu" known to the Auto classes of transformers.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
+
+from .model.cell_registry import register_hidden_cell
+from .model.configuration_lmu import LMUConfig
+from .model.layer import LMU, BidirectionalState
+from .model.lmu_cell import LMUCell, LMUState
+from .model.memory import linear_memory
+from .model.modeling_lmu import LMUForSequenceClassification, LMUModel, LMUModelOutput, LMUPreTrainedModel
+from .model.processing_lmu import LMUFeatureExtractor, LMUImageProcessor
+
 __version__ = "0.1.0"
+
+AutoConfig.register("lmu", LMUConfig, exist_ok=True)
+AutoModel.register(LMUConfig, LMUModel, exist_ok=True)
+for _auto in (AutoModelForSequenceClassification, AutoModelForImageClassification, AutoModelForAudioClassification):
+    # One head for all three: a sequence is a sequence. The pipelines look for their own Auto class.
+    _auto.register(LMUConfig, LMUForSequenceClassification, exist_ok=True)
+AutoImageProcessor.register(LMUConfig, image_processor_classes={"pil": LMUImageProcessor}, exist_ok=True)
+AutoFeatureExtractor.register(LMUConfig, LMUFeatureExtractor, exist_ok=True)
+
+__all__ = [
+    "LMU",
+    "BidirectionalState",
+    "LMUCell",
+    "LMUConfig",
+    "LMUFeatureExtractor",
+    "LMUForSequenceClassification",
+    "LMUImageProcessor",
+    "LMUModel",
+    "LMUModelOutput",
+    "LMUPreTrainedModel",
+    "LMUState",
+    "linear_memory",
+    "register_hidden_cell",
+]

@@ -1,0 +1,5 @@
+"""Errors whose message alone tells a person what to do."""
+
+
+class InputError(ValueError):
+    """Wrong input from outside: a file, a column, a value, a folder. The command line prints it as one line."""

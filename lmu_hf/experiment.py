@@ -1,0 +1,128 @@
+"""What one experiment is: a task, a model, how to train it, a seed. Read from YAML, changed by ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+# Set by the run itself; in a file they would contradict the command line.
+_RESERVED = ("output_dir", "seed", "data_seed", "do_train", "do_eval", "do_predict", "hub_token", "push_to_hub_token")
+
+
+@dataclass
+class Experiment:
+    """One experiment.
+
+    Attributes:
+        name: of the experiment; also of its default output folder.
+        task: ``{"name": ..., **options}`` of the task.
+        model: fields of ``LMUConfig``; input size and labels come from the task.
+        training: fields of ``transformers.TrainingArguments``.
+        seed: of initialisation, data order and dropout.
+    """
+
+    name: str
+    task: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: list[str] | None = None) -> Experiment:
+        """Reads a YAML file and applies overrides such as ``model.order=64``.
+
+        Raises:
+            InputError: the file is missing, is no YAML, or holds an unknown or reserved key.
+        """
+        import yaml
+
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"config: no file {path}")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise InputError(f"config: expected a mapping with the keys {_keys()} in {path}, found {type(content).__name__}")
+        content = copy.deepcopy(content)
+        for override in overrides or []:
+            _apply(content, override)
+        return cls.from_dict(content)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Experiment:
+        """Builds an experiment from a mapping, checking every key.
+
+        Raises:
+            InputError: a key is unknown, reserved or missing.
+        """
+        _check_keys("config", content, _keys())
+        for section in ("task", "model", "training"):
+            if not isinstance(content.get(section, {}), dict):
+                raise InputError(f"{section}: expected a mapping, found {content[section]!r}")
+        if not isinstance(content.get("task", {}).get("name"), str):
+            raise InputError("task.name: expected the name of a task, found none")
+        if isinstance(content.get("seed", 0), bool) or not isinstance(content.get("seed", 0), int):
+            raise InputError(f"seed: expected a whole number, found {content['seed']!r}")
+        experiment = cls(**{"name": content["task"]["name"], **content})
+        experiment._check_sections()
+        return experiment
+
+    def _check_sections(self) -> None:
+        from transformers import TrainingArguments
+
+        from .model.configuration_lmu import LMUConfig
+
+        own = [name for name, kind in LMUConfig.__annotations__.items() if not name.startswith("_") and kind is not None]
+        _check_keys("model", self.model, own)
+        known = [f.name for f in fields(TrainingArguments) if f.init]
+        _check_keys("training", self.training, known)
+        for name in _RESERVED:
+            if name in self.training:
+                raise InputError(f"training.{name}: set by the run, not by the config; use the command line's option")
+        for name, value in self.training.items():
+            # YAML reads 1e-3 as a word: its numbers want a dot.
+            if isinstance(value, str):
+                try:
+                    self.training[name] = float(value)
+                except ValueError:
+                    continue
+
+    def to_dict(self) -> dict[str, Any]:
+        """The experiment as plain data, for the record."""
+        return {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self)}
+
+
+def _keys() -> list[str]:
+    return [f.name for f in fields(Experiment)]
+
+
+def _check_keys(section: str, content: dict[str, Any], known: list[str]) -> None:
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {sorted(known)}" if len(known) < 40 else ""
+            raise InputError(f"{section}: unknown key {key!r}{hint}")
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    import yaml
+
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise InputError(f"override: expected key=value such as model.order=64, found {override!r}")
+    *sections, key = path.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise InputError(f"override: {section!r} in {override!r} is no section")
+    try:
+        content[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override: {text!r} is no YAML value in {override!r}") from error

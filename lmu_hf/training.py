@@ -1,0 +1,351 @@
+"""One experiment, from a configuration to a trained model that has been reloaded and scored, and its result.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoProcessor,
+    EvalPrediction,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from . import __version__
+from .errors import InputError
+from .experiment import Experiment
+from .model.configuration_lmu import LMUConfig
+from .model.modeling_lmu import LMUForSequenceClassification
+from .tasks import Part, TaskData, load_task
+from .tasks.base import PARTS, collate
+
+RESULT_FILE = "result.json"
+_CHECKPOINTS = "checkpoints"
+_VERSIONS_OF = ("torch", "transformers", "datasets", "accelerate", "safetensors", "huggingface_hub", "numpy")
+
+_DEFAULTS: dict[str, Any] = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+    "save_total_limit": 1,
+    "per_device_eval_batch_size": 500,
+    "report_to": "none",
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+
+
+def train(
+    experiment: Experiment, output_dir: str | Path, data: str | None = None, *, progress: bool = True
+) -> dict[str, Any]:
+    """Trains, keeps the best epoch of the validation part, scores it once on the test part, saves and verifies.
+
+    Args:
+        experiment: what to run.
+        output_dir: folder for model, processor and ``result.json``; must not exist or be empty.
+        data: local file or folder, or id of a dataset on the Hub, where the task needs one.
+        progress: show a progress bar.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        InputError: the folder is in use, or configuration or data are wrong.
+    """
+    started = time.perf_counter()
+    output_dir = Path(output_dir)
+    check_output_dir(output_dir)
+    options = {key: value for key, value in experiment.task.items() if key != "name"}
+    task = load_task(experiment.task["name"], data, **options)
+    config = build_config(experiment, task)
+    set_seed(experiment.seed)
+    model = LMUForSequenceClassification(config)
+    trainer = build_trainer(model, experiment, task, output_dir, progress)
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    before = time.perf_counter()
+    trainer.train()
+    train_seconds = time.perf_counter() - before
+    scores = {part: _scores(trainer.evaluate(task.parts[part])) for part in PARTS[1:]}
+    trainer.save_model(str(output_dir))
+    (output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle; result.json holds what matters, readably
+    task.processor.save_pretrained(output_dir)
+
+    result = {
+        "name": experiment.name,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "dataset": task.dataset,
+        "scores": scores,
+        "best_epoch": _best_epoch(trainer),
+        "parameters": {
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "total": sum(p.numel() for p in model.parameters()),
+        },
+        "experiment": experiment.to_dict(),
+        "history": _history(trainer.state.log_history),
+        "seconds": {"train": round(train_seconds, 2)},
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    _write(output_dir, result)
+    result["reloaded"] = verify_in_fresh_process(output_dir, data, scores["test"])
+    result["seconds"]["total"] = round(time.perf_counter() - started, 2)
+    _write(output_dir, result)
+    shutil.rmtree(output_dir / _CHECKPOINTS, ignore_errors=True)
+    return result
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """Raises InputError if a folder holds anything: nothing that is there is ever overwritten."""
+    if output_dir.is_file():
+        raise InputError(f"output: {output_dir} is a file; choose a folder")
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        found = "already holds a model" if (output_dir / "config.json").exists() else "is not empty"
+        raise InputError(f"output: {output_dir} {found} and is left as it is; choose another folder with --output")
+
+
+def free_output_dir(name: str, root: str | Path = "runs") -> Path:
+    """The first of ``runs/name``, ``runs/name-2``, ... that does not exist."""
+    candidate = Path(root) / name
+    number = 2
+    while candidate.exists():
+        candidate = Path(root) / f"{name}-{number}"
+        number += 1
+    return candidate
+
+
+def build_config(experiment: Experiment, task: TaskData) -> LMUConfig:
+    """The model's configuration with what the task decides: input size and labels.
+
+    Raises:
+        InputError: a field has a wrong value, or contradicts the data.
+    """
+    fields = dict(experiment.model)
+    if fields.setdefault("input_size", task.input_size) != task.input_size:
+        raise InputError(
+            f"model.input_size: the data has {task.input_size} features per step, found {fields['input_size']}; leave it out"
+        )
+    id2label = dict(enumerate(task.label_names))
+    try:
+        return LMUConfig(
+            **{"problem_type": "single_label_classification", **fields},
+            id2label=id2label,
+            label2id={name: index for index, name in id2label.items()},
+        )
+    except Exception as error:  # ValueError, or one of huggingface_hub's for a wrong type
+        raise InputError(f"model.{' '.join(str(error).split())}") from error
+
+
+def build_trainer(
+    model: LMUForSequenceClassification, experiment: Experiment, task: TaskData, output_dir: Path, progress: bool
+) -> Trainer:
+    """The Trainer of an experiment.
+
+    Raises:
+        InputError: TrainingArguments refuses a value.
+    """
+    settings = {**_DEFAULTS, "disable_tqdm": not progress, **experiment.training}
+    if settings["metric_for_best_model"].removeprefix("eval_") == "loss":
+        settings.setdefault("greater_is_better", False)
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(output_dir / _CHECKPOINTS), seed=experiment.seed, data_seed=experiment.seed, **settings
+        )
+    except (ValueError, TypeError) as error:
+        raise InputError(f"training: {' '.join(str(error).split())}") from error
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=task.parts["train"],
+        eval_dataset=task.parts["validation"],
+        data_collator=collate,
+        compute_metrics=accuracy,
+    )
+    # The bar stays; one printed dictionary of numbers per epoch goes, as result.json holds them.
+    trainer.remove_callback(ProgressCallback)
+    if progress:
+        trainer.add_callback(_EpochBar)
+    return trainer
+
+
+class _EpochBar(ProgressCallback):
+    """The progress bar of transformers with the latest scores on it instead of lines of logs under it."""
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """No bar of its own for each evaluation."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        metrics = kwargs.get("metrics") or {}
+        if self.training_bar is not None and "eval_accuracy" in metrics:
+            self.training_bar.set_postfix_str(
+                f"epoch {state.epoch:g}, validation accuracy {metrics['eval_accuracy']:.4f}, loss {metrics['eval_loss']:.4f}"
+            )
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the scores are on the bar."""
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of rows whose largest logit is at the label."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
+
+
+def evaluate(model_dir: str | Path, part: str = "test", data: str | None = None) -> dict[str, Any]:
+    """Scores a saved model on a part of the task that it was trained for.
+
+    Args:
+        model_dir: folder of the model, with its ``result.json``.
+        part: "train", "validation" or "test".
+        data: as for :func:`train`.
+
+    Returns:
+        accuracy, loss, rows, and the confusion matrix as lists.
+
+    Raises:
+        InputError: the folder holds no such model, or the data is wrong.
+    """
+    if part not in PARTS:
+        raise InputError(f"part: expected one of {list(PARTS)}, found {part!r}")
+    model, _ = load_model(model_dir)
+    path = Path(model_dir) / RESULT_FILE
+    if not path.is_file():
+        raise InputError(f"model: {model_dir} has no {RESULT_FILE}, which names the task; evaluate needs one")
+    experiment = Experiment.from_dict(json.loads(path.read_text(encoding="utf-8"))["experiment"])
+    options = {key: value for key, value in experiment.task.items() if key != "name"}
+    task = load_task(experiment.task["name"], data, **options)
+    if task.input_size != model.config.input_size:
+        raise InputError(
+            f"data: expected {model.config.input_size} features per step, as the model was trained on, found {task.input_size}"
+        )
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    if names != task.label_names:
+        raise InputError(f"data: expected the labels {names} that the model was trained on, found {task.label_names}")
+    return {"task": task.name, "part": part, **score(model, task.parts[part])}
+
+
+@torch.inference_mode()
+def score(model: LMUForSequenceClassification, part: Part, batch_size: int = 500) -> dict[str, Any]:
+    """Accuracy, mean loss and confusion matrix (true class by predicted class) of a model on a part."""
+    model.eval()
+    classes = model.config.num_labels
+    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    loss = 0.0
+    for batch in torch.utils.data.DataLoader(part, batch_size=batch_size, collate_fn=collate):
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        labels = batch.pop("labels")
+        logits = model(**batch).logits.float()
+        loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        pairs = labels * classes + logits.argmax(-1)
+        confusion += torch.bincount(pairs.cpu(), minlength=classes * classes).view(classes, classes)
+    rows = len(part)
+    return {
+        "accuracy": float(confusion.diagonal().sum()) / rows,
+        "loss": loss / rows,
+        "rows": rows,
+        "confusion": confusion.tolist(),
+    }
+
+
+def load_model(model_dir: str | Path) -> tuple[LMUForSequenceClassification, Any]:
+    """Loads a classifier and its processor from a folder (or the Hub).
+
+    Raises:
+        InputError: there is no LMU classifier there.
+    """
+    path = Path(model_dir)
+    if path.exists() and not (path / "config.json").is_file():
+        raise InputError(f"model: {model_dir} holds no config.json; give the folder of a trained model")
+    try:
+        model = LMUForSequenceClassification.from_pretrained(str(model_dir))
+        return model.eval(), AutoProcessor.from_pretrained(str(model_dir))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"model: {model_dir} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def verify_in_fresh_process(model_dir: Path, data: str | None, expected: dict[str, float]) -> dict[str, Any]:
+    """Reloads a model in a new Python process and checks that it scores the same on the test part.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    command = [sys.executable, "-m", "lmu_hf.cli", "evaluate", str(model_dir), "--json"]
+    command += [] if data is None else ["--data", data]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise RuntimeError(f"the saved model could not be evaluated in a fresh process:\n{finished.stderr[-2000:]}")
+    found = json.loads(finished.stdout.strip().splitlines()[-1])
+    # The loss sums float32 in another order there; a single changed prediction would show in the accuracy.
+    same = found["accuracy"] == expected["accuracy"] and abs(found["loss"] - expected["loss"]) < 1e-4 * (1 + expected["loss"])
+    if not same:
+        raise RuntimeError(f"the reloaded model scores differently: expected {expected}, found {found}")
+    return {"accuracy": found["accuracy"], "loss": found["loss"], "same": True}
+
+
+def hardware() -> dict[str, Any]:
+    """The machine, in the words that a reader needs to judge a time."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads(), "gpus": devices}
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number."""
+    return {
+        "lmu_hf": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _VERSIONS_OF},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux; the general name has to do
+    return platform.processor() or platform.machine()
+
+
+def _scores(metrics: dict[str, float]) -> dict[str, float]:
+    return {"accuracy": metrics["eval_accuracy"], "loss": metrics["eval_loss"]}
+
+
+def _best_epoch(trainer: Trainer) -> float | None:
+    step = trainer.state.best_global_step
+    epochs = [log["epoch"] for log in trainer.state.log_history if log["step"] == step and "eval_loss" in log]
+    return epochs[0] if epochs else None
+
+
+def _history(logs: list[dict[str, float]]) -> list[dict[str, float]]:
+    """One entry per epoch: training loss, validation loss and accuracy."""
+    epochs: dict[float, dict[str, float]] = {}
+    for log in logs:
+        entry = epochs.setdefault(log["epoch"], {"epoch": log["epoch"]})
+        if "loss" in log:
+            entry |= {"train_loss": log["loss"], "learning_rate": log["learning_rate"]}
+        if "eval_accuracy" in log and "accuracy" not in entry:
+            entry |= {"loss": log["eval_loss"], "accuracy": log["eval_accuracy"]}
+    return list(epochs.values())
+
+
+def _write(output_dir: Path, result: dict[str, Any]) -> None:
+    # Written beside and moved into place: a run that is killed here leaves the old file or the new one, never half of one.
+    temporary = output_dir / f".{RESULT_FILE}"
+    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(output_dir / RESULT_FILE)
