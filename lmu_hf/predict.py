@@ -39,9 +39,7 @@ def predict(model: LMUForSequenceClassification, processor: Any, files: list[str
         values = torch.from_numpy(np.ascontiguousarray(sequence))[None].to(model.device)
         probabilities = model(input_values=values).logits.float().softmax(-1)[0]
         order = probabilities.argsort(descending=True).tolist()
-        results.append(
-            {"file": file, "probabilities": {model.config.id2label[i]: float(probabilities[i]) for i in order}}
-        )
+        results.append({"file": file, "probabilities": {model.config.id2label[i]: float(probabilities[i]) for i in order}})
     return results
 
 

@@ -291,7 +291,9 @@ def verify_in_fresh_process(model_dir: Path, data: str | None, expected: dict[st
         raise RuntimeError(f"the saved model could not be evaluated in a fresh process:\n{finished.stderr[-2000:]}")
     found = json.loads(finished.stdout.strip().splitlines()[-1])
     # The loss sums float32 in another order there; a single changed prediction would show in the accuracy.
-    same = found["accuracy"] == expected["accuracy"] and abs(found["loss"] - expected["loss"]) < 1e-4 * (1 + expected["loss"])
+    same = found["accuracy"] == expected["accuracy"] and abs(found["loss"] - expected["loss"]) < 1e-4 * (
+        1 + expected["loss"]
+    )
     if not same:
         raise RuntimeError(f"the reloaded model scores differently: expected {expected}, found {found}")
     return {"accuracy": found["accuracy"], "loss": found["loss"], "same": True}

@@ -115,12 +115,12 @@ def build_hidden_cell(
             raise ValueError(f"hidden_cell: {name!r} could not be built: {error}") from error
 
     def _build_readout(options: dict[str, Any], blocks: Mapping[str, int], size: int | None) -> nn.Module:
+        if blocks.get("memory") != memory_d * order:
+            raise ValueError("hidden_cell: a readout reads the memory and can only be the first cell of a stack")
         if size not in (None, memory_d):
             raise ValueError(
                 f"hidden_size: a readout has one output per memory dimension, expected {memory_d} or None, found {size}"
             )
-        if blocks.get("memory") != memory_d * order:
-            raise ValueError("hidden_cell: a readout reads the memory and can only be the first cell of a stack")
         skip = options.pop("skip", None)
         if skip is None:
             # The term needs one input per memory dimension; where x is something else there is nothing to add.
@@ -141,7 +141,9 @@ def build_hidden_cell(
             raise ValueError("hidden_cell: expected at least one cell in the list, found none; use None for no cell")
         cells: list[nn.Module] = []
         for part in spec:
-            cells.append(build(part, {"memory": cells[-1].output_size} if cells else blocks, hidden_size))  # type: ignore[dict-item]
+            # hidden_size is for the cells that have a choice.
+            default = None if part == "readout" else hidden_size
+            cells.append(build(part, {"memory": cells[-1].output_size} if cells else blocks, default))  # type: ignore[dict-item]
         return cells[0] if len(cells) == 1 else StackedCell(cells)
     return build(spec, blocks, hidden_size)
 

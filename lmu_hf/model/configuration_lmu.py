@@ -235,7 +235,9 @@ class LMUConfig(PreTrainedConfig):
     @property
     def _is_readout(self) -> bool:
         # Its size is memory_d, whatever hidden_size says.
-        return self.hidden_cell == "readout" or (isinstance(self.hidden_cell, dict) and self.hidden_cell.get("name") == "readout")
+        return self.hidden_cell == "readout" or (
+            isinstance(self.hidden_cell, dict) and self.hidden_cell.get("name") == "readout"
+        )
 
 
 def _check_choice(field: str, value: Any, choices: tuple) -> None:

@@ -24,9 +24,10 @@ from torch import Tensor
 
 DISCRETIZERS = ("zoh", "euler")
 
-# Time, in steps, from the newest sample to the point in time that m describes at r = 0. Under zero-order hold the
-# sample u[T-1] is spread over [T-1, T), so the memory lags it by half a step; Euler takes it as an impulse at T-1.
-_TIME_ORIGIN = {"zoh": 0.5, "euler": 0.0}
+# Where r = 0 lies, in steps after the newest sample. A ramp u[t] = t shows it: under zero-order hold the memory follows
+# the continuous system driven by t + 1/2 (the sample u[T-1] is held over [T-1, T)), under Euler by t + 1 (m[t] takes u[t]
+# in full and the drift of m[t-1]).
+TIME_ORIGIN = {"zoh": 0.5, "euler": 1.0}
 
 # Largest number of derived operators (impulse responses, powers, ...) that one system keeps.
 _MAX_CACHED_OPERATORS = 16
@@ -294,14 +295,14 @@ def shifted_legendre(order: int, r: Tensor) -> Tensor:
 def relative_delay(lag: Tensor, theta: float | Tensor, discretizer: str = "zoh") -> Tensor:
     """The r at which a memory holds the sample ``lag`` steps before its newest one (lag 0).
 
-    Under zero-order hold the time origin lies half a step after the newest sample; Euler has no such shift.
+    The time origin lies half a step after the newest sample under zero-order hold, a whole step under Euler.
 
     Args:
         lag: delays in time steps.
         theta: window length in time steps, broadcast against ``lag``.
         discretizer: "zoh" or "euler".
     """
-    return (lag.to(torch.float64) + _TIME_ORIGIN[check_discretizer(discretizer)]) / theta
+    return (lag.to(torch.float64) + TIME_ORIGIN[check_discretizer(discretizer)]) / theta
 
 
 def reconstruct(memory: Tensor, r: Tensor | Sequence[float] | float) -> Tensor:

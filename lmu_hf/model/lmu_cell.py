@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .cell_registry import HiddenCellSpec, build_hidden_cell
 from .cells import ACTIVATIONS, check_activation, reset_hidden_cell
 from .legendre import (
+    TIME_ORIGIN,
     DelaySystem,
     check_discretizer,
     check_order,
@@ -391,12 +392,14 @@ class LMUCell(nn.Module):
             ValueError: a delay is longer than the window.
         """
         theta = self.theta.reshape(-1, 1)
-        points = torch.arange(int(theta.min())) if lags is None else torch.as_tensor(lags, device="cpu").reshape(-1)
+        if lags is None:
+            lags = torch.arange(int(theta.min() - TIME_ORIGIN[self.discretizer]) + 1)
+        points = torch.as_tensor(lags, device="cpu").reshape(-1)
         r = relative_delay(points, theta, self.discretizer)
         if not bool(((r >= 0) & (r <= 1)).all()):
             raise ValueError(
-                f"lags: expected delays within the window, theta={theta.min():g} steps less the half step of the zero-order "
-                f"hold, found {points.min():g} to {points.max():g}"
+                f"lags: expected delays from 0 to the end of the window, {theta.min():g} steps less the part of a step before "
+                f"its newest sample, found {points.min():g} to {points.max():g}"
             )
         dtype = torch.promote_types(memory.dtype, torch.float32)
         decoder = shifted_legendre(self.order, r).to(dtype=dtype, device=memory.device)

@@ -92,7 +92,9 @@ class LMUBlock(GradientCheckpointingLayer):
         lengths = None if packing is None else packing.lengths
         x = hidden_states if packing is None else to_front(hidden_states, packing)
         # Everything but the LMU works step by step, so the valid steps stay in front until the end.
-        output, _ = self.lmu.run(self.mixer_norm(x) if self.residual else x, None, lengths, return_sequences=return_sequences)
+        output, _ = self.lmu.run(
+            self.mixer_norm(x) if self.residual else x, None, lengths, return_sequences=return_sequences
+        )
         if not return_sequences:
             output = output[:, None]
         if self.residual:

@@ -86,7 +86,9 @@ class LMUImageProcessor(BaseImageProcessor):
         batch = images if isinstance(images, list | tuple) else [images]
         if not batch:
             raise ValueError("images: expected at least one image, found none")
-        return BatchFeature({"input_values": np.stack([self.sequence(image) for image in batch])}, tensor_type=return_tensors)
+        return BatchFeature(
+            {"input_values": np.stack([self.sequence(image) for image in batch])}, tensor_type=return_tensors
+        )
 
     def sequence(self, image: Any) -> np.ndarray:
         """One image as a sequence (height * width, channels), float32."""

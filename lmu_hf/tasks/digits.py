@@ -33,7 +33,7 @@ def load(data: str | None = None, permute: bool = True) -> TaskData:
     rest, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=digits.target)
     train, validation = train_test_split(rest, test_size=0.125, random_state=0, stratify=digits.target[rest])
     rows = {"train": train, "validation": validation, "test": test}
-    permutation = np.random.RandomState(0).permutation(64).tolist() if permute else None  # noqa: NPY002 (stable stream)
+    permutation = np.random.RandomState(0).permutation(64).tolist() if permute else None
     processor = LMUImageProcessor(size={"height": 8, "width": 8}, permutation=permutation, image_mean=0.2, image_std=0.4)
     return TaskData(
         name="digits",

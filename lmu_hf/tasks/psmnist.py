@@ -26,9 +26,9 @@ def pixel_order(name: str) -> list[int] | None:
     """
     # NumPy guarantees the streams of RandomState for ever, which is what makes an order reproducible.
     if name == "keras-lmu":
-        return np.random.RandomState(0).permutation(784).tolist()  # noqa: NPY002
+        return np.random.RandomState(0).permutation(784).tolist()
     if name == "voelker2019":
-        generator = np.random.RandomState(50)  # noqa: NPY002
+        generator = np.random.RandomState(50)
         generator.permutation(60_000)  # the paper shuffled the images first, from the same stream
         return generator.permutation(784).tolist()
     if name == "none":
