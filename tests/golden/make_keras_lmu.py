@@ -131,11 +131,11 @@ def run_keras(cells, layer, feedforward, input_size, rng):
         for t in range(STEPS):
             _, states = cell(x[:, t], states)
             trace.append(states)
-        over_time = [tf.stack(s, axis=1) for s in zip(*trace)]
+        over_time = [tf.stack(s, axis=1) for s in zip(*trace, strict=True)]
 
     out = {"x": x, "y": y, "m": over_time[0]}
     out |= {f"state{i}": s for i, s in enumerate(over_time[1:], 1)}
-    out |= dict(zip("AB", measure_ab(LAYER | layer))) | {"g_out": g_out} | weights
+    out |= dict(zip("AB", measure_ab(LAYER | layer), strict=True)) | {"g_out": g_out} | weights
     out |= {f"grad.{name}": g for name, g in grads.items()}
     out = {name: keras.ops.convert_to_numpy(v) for name, v in out.items()}
     assert all(v.dtype == np.float64 for v in out.values())
@@ -205,14 +205,14 @@ def naive(cells, layer, values):
             states[i] = cell_step(name, kwargs, hidden[i], z, states[i])
             z = states[i][0]
         trace.append([z, m, *(s for cell in states for s in cell)])
-    y, m, *rest = (np.stack(v, axis=1) for v in zip(*trace))
+    y, m, *rest = (np.stack(v, axis=1) for v in zip(*trace, strict=True))
     return {"y": y, "m": m} | {f"state{i}": s for i, s in enumerate(rest, 1)}
 
 
 def check(cells, layer, got):
     """Largest differences (forward, gradients) between keras-lmu and `naive`."""
     want = naive(cells, layer, got)
-    want |= dict(zip("AB", discretize(ORDER, 1 / layer["theta"], layer["discretizer"])))
+    want |= dict(zip("AB", discretize(ORDER, 1 / layer["theta"], layer["discretizer"]), strict=True))
     assert max(abs(np.linalg.eigvals(want["A"]))) <= 1
     assert (got["y"] != 0).any((0, 1)).all()
     forward = max(abs(got[k] - v).max() for k, v in want.items())

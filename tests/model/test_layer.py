@@ -294,7 +294,7 @@ def test_reconstruct():
     # Fourteen polynomials hold about one period almost exactly; the staircase of the hold adds ripple near the present.
     assert (window[0] - x[0, -40:].flip(0).T).abs().max() < 0.05
     assert torch.allclose(layer.reconstruct(state.memory, [0, 17]), window[..., [0, 17]], atol=1e-6)
-    with pytest.raises(ValueError, match="within|end of the window"):
+    with pytest.raises(ValueError, match="end of the window"):
         layer.reconstruct(state.memory, [45])
 
 
@@ -307,9 +307,6 @@ def test_dropout_is_one_mask_per_sequence():
     assert not torch.equal(dropped[0], dropped[1])
     layer.eval()
     assert torch.equal(layer(x), layer(x))
-    layer.train()
-    kept = layer(x).unflatten(-1, (40, 2))[0, :, int(dropped.shape[1]) - 1]
-    assert kept.shape == (30, 2)
 
 
 def test_recurrent_dropout_leaves_the_memory_itself_alone():
