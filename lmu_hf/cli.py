@@ -42,13 +42,18 @@ def _kind(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-@app.callback()
-def _quiet(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from . import __version__
 
         typer.echo(__version__)
-        raise typer.Exit()
+        raise typer.Exit
+
+
+@app.callback()
+def _prepare(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)] = False,
+) -> None:
     # The libraries' bars for reading a few hundred kilobytes hide the one bar that matters.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -112,7 +117,7 @@ def evaluate(
     table = Table(title=f"{scores['task']}, {part}: accuracy {scores['accuracy']:.4f}, loss {scores['loss']:.4f}")
     for heading in ("label", "rows", "recall", "precision", "most often taken for"):
         table.add_column(heading, justify="left" if heading in ("label", "most often taken for") else "right")
-    names = _label_names(model_dir)
+    names = scores["labels"]
     for index, row in enumerate(confusion):
         predicted = sum(other[index] for other in confusion)
         wrong = [(count, names[other]) for other, count in enumerate(row) if other != index and count]
@@ -169,13 +174,6 @@ def _print_result(result: dict[str, Any], output_dir: Path) -> None:
         f"{result['history'][-1]['epoch']:g}, trained in {result['seconds']['train']:.0f} s; reloaded in a fresh process, "
         f"same score\nmodel, processor and result.json: {output_dir}"
     )
-
-
-def _label_names(model_dir: str) -> list[str]:
-    from .model.configuration_lmu import LMUConfig
-
-    id2label = LMUConfig.from_pretrained(model_dir).id2label
-    return [id2label[index] for index in range(len(id2label))]
 
 
 def _console() -> Any:

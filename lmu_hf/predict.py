@@ -34,12 +34,13 @@ def predict(model: LMUForSequenceClassification, processor: Any, files: list[str
     # All files are read before any result is shown: one bad file must not leave half a table.
     sequences = [_read(Path(file), processor) for file in files]
     model.eval()
+    names = model.config.label_names
     results = []
     for file, sequence in zip(files, sequences, strict=True):
         values = torch.from_numpy(np.ascontiguousarray(sequence))[None].to(model.device)
         probabilities = model(input_values=values).logits.float().softmax(-1)[0]
         order = probabilities.argsort(descending=True).tolist()
-        results.append({"file": file, "probabilities": {model.config.id2label[i]: float(probabilities[i]) for i in order}})
+        results.append({"file": file, "probabilities": {names[i]: float(probabilities[i]) for i in order}})
     return results
 
 

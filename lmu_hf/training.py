@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoProcessor,
     EvalPrediction,
@@ -86,7 +87,7 @@ def train(
     (output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle; result.json holds what matters, readably
     task.processor.save_pretrained(output_dir)
 
-    result = {
+    result: dict[str, Any] = {
         "name": experiment.name,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "dataset": task.dataset,
@@ -215,7 +216,7 @@ def evaluate(model_dir: str | Path, part: str = "test", data: str | None = None)
         data: as for :func:`train`.
 
     Returns:
-        accuracy, loss, rows, and the confusion matrix as lists.
+        task, part, labels, accuracy, loss, rows, and the confusion matrix (true class by predicted class).
 
     Raises:
         InputError: the folder holds no such model, or the data is wrong.
@@ -233,17 +234,16 @@ def evaluate(model_dir: str | Path, part: str = "test", data: str | None = None)
         raise InputError(
             f"data: expected {model.config.input_size} features per step, as the model was trained on, found {task.input_size}"
         )
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    if names != task.label_names:
+    if (names := model.config.label_names) != task.label_names:
         raise InputError(f"data: expected the labels {names} that the model was trained on, found {task.label_names}")
-    return {"task": task.name, "part": part, **score(model, task.parts[part])}
+    return {"task": task.name, "part": part, "labels": names, **score(model, task.parts[part])}
 
 
 @torch.inference_mode()
 def score(model: LMUForSequenceClassification, part: Part, batch_size: int = 500) -> dict[str, Any]:
     """Accuracy, mean loss and confusion matrix (true class by predicted class) of a model on a part."""
     model.eval()
-    classes = model.config.num_labels
+    classes = len(model.config.label_names)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     loss = 0.0
     for batch in torch.utils.data.DataLoader(part, batch_size=batch_size, collate_fn=collate):
@@ -274,7 +274,7 @@ def load_model(model_dir: str | Path) -> tuple[LMUForSequenceClassification, Any
     try:
         model = LMUForSequenceClassification.from_pretrained(str(model_dir))
         return model.eval(), AutoProcessor.from_pretrained(str(model_dir))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model: {model_dir} could not be loaded: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -156,6 +156,12 @@ class LMUConfig(PreTrainedConfig):
         """The kind of each layer in transformers' terms."""
         return ["linear_attention"] * self.num_hidden_layers
 
+    @property
+    def label_names(self) -> list[str]:
+        """Name of each class, in the order of the logits."""
+        names: Any = self.id2label
+        return [names[index] for index in range(len(names))]
+
     def validate_lmu(self) -> None:
         """Checks every value, and the layers that they describe, by building these without memory."""
         _check_choice("block_type", self.block_type, BLOCK_TYPES)

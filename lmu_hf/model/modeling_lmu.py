@@ -103,7 +103,9 @@ class LMUBlock(GradientCheckpointingLayer):
             output = output + self.dropout(self.feed_forward(self.feed_forward_norm(output)))
         if packing is None:
             return output
-        return to_place(output, packing) if return_sequences else output.masked_fill((lengths == 0)[:, None, None], 0)
+        if return_sequences:
+            return to_place(output, packing)
+        return output.masked_fill((packing.lengths == 0)[:, None, None], 0)
 
 
 class LMUPreTrainedModel(PreTrainedModel):
@@ -112,7 +114,7 @@ class LMUPreTrainedModel(PreTrainedModel):
     config: LMUConfig
     base_model_prefix = "model"
     main_input_name = "input_values"
-    input_modalities = ("text", "audio", "image")
+    input_modalities = ["text", "audio", "image"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["LMUBlock"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["theta_inv"]  # noqa: RUF012
@@ -274,10 +276,10 @@ class LMUForSequenceClassification(LMUPreTrainedModel):
 
     def __init__(self, config: LMUConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = len(config.label_names)
         self.model = LMUModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.output_size, config.num_labels)
+        self.score = nn.Linear(config.output_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple

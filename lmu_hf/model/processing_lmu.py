@@ -93,9 +93,7 @@ class LMUImageProcessor(BaseImageProcessor):
     def sequence(self, image: Any) -> np.ndarray:
         """One image as a sequence (height * width, channels), float32."""
         pixels = self._pixels(image).reshape(self.size["height"] * self.size["width"], -1)
-        values = (pixels.astype(np.float32) * np.float32(self.rescale_factor) - np.float32(self.image_mean)) / np.float32(
-            self.image_std
-        )
+        values = _standardize(pixels.astype(np.float32) * np.float32(self.rescale_factor), self.image_mean, self.image_std)
         return values if self.permutation is None else values[self.permutation]
 
     def _pixels(self, image: Any) -> np.ndarray:
@@ -196,7 +194,7 @@ class LMUFeatureExtractor(SequenceFeatureExtractor):
         if not np.isfinite(array).all():
             step = int(np.argwhere(~np.isfinite(array))[0][0])
             raise ValueError(f"signal: expected finite values, found {array[step].tolist()} at step {step}")
-        return ((array - np.float32(self.mean)) / np.float32(self.std)).astype(np.float32)
+        return _standardize(array, self.mean, self.std)
 
     def __call__(
         self,
@@ -260,6 +258,11 @@ def _as_batch(signals: Any, channels: int) -> list[Any]:
     if np.ndim(first) == 1 and isinstance(first, list | tuple) and channels > 1 and len(first) == channels:
         return [signals]
     return list(signals)
+
+
+def _standardize(values: np.ndarray, mean: float | Sequence[float], std: float | Sequence[float]) -> np.ndarray:
+    """(values - mean) / std in float32; mean and std are numbers or one per channel, the last axis."""
+    return (values - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
 
 
 def _plain(value: float | Sequence[float]) -> float | list[float]:

@@ -1,0 +1,223 @@
+"""The command line as a person meets it: one real run from start to end, and one line for everything that is wrong."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from lmu_hf.cli import app
+from lmu_hf.tasks import load_task
+
+QUICK = ["training.num_train_epochs=2", "model.order=8", "model.hidden_size=20"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run_process(*arguments, **kwargs):
+    command = [sys.executable, "-m", "lmu_hf.cli", *[str(argument) for argument in arguments]]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The main job, as the README has it: no argument, the built-in digits."""
+    folder = tmp_path_factory.mktemp("main")
+    finished = run_process("train", "--no-progress", "--output", folder / "model", cwd=folder)
+    assert finished.returncode == 0, finished.stderr
+    return folder / "model", finished.stdout
+
+
+@pytest.fixture(scope="session")
+def digit_files(tmp_path_factory):
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path_factory.mktemp("digits")
+    digits = load_digits()
+    for index in range(10):
+        Image.fromarray(np.round(digits.images[index] * 255 / 16).astype(np.uint8)).save(folder / f"{index}.png")
+    return [folder / f"{index}.png" for index in range(10)], digits.target[:10]
+
+
+def test_train(trained):
+    folder, output = trained
+    result = json.loads((folder / "result.json").read_text())
+    assert result["scores"]["test"]["accuracy"] >= 0.96
+    assert result["reloaded"]["same"]
+    assert result["reloaded"]["accuracy"] == result["scores"]["test"]["accuracy"]
+    assert result["seconds"]["total"] < 60
+    assert result["parameters"]["trainable"] == result["parameters"]["total"]
+    assert result["experiment"]["seed"] == 0
+    assert len(result["history"]) == result["experiment"]["training"]["num_train_epochs"]
+    assert {"torch", "transformers", "lmu_hf", "python"} <= set(result["versions"])
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "result.json",
+    ]
+    assert f"{result['scores']['test']['accuracy']:.4f}" in output
+    # Files that are published must not tell where they were made.
+    assert not any(str(folder.parent) in path.read_text() for path in folder.glob("*.json"))
+
+
+def test_evaluate(trained):
+    folder, _ = trained
+    expected = json.loads((folder / "result.json").read_text())["scores"]
+    for part in ("validation", "test"):
+        finished = run("evaluate", folder, "--part", part, "--json")
+        assert finished.exit_code == 0
+        scores = json.loads(finished.stdout)
+        assert scores["accuracy"] == expected[part]["accuracy"]
+        assert scores["loss"] == pytest.approx(expected[part]["loss"], rel=1e-5)
+        assert sum(map(sum, scores["confusion"])) == scores["rows"]
+    table = run("evaluate", folder).stdout
+    assert f"accuracy {expected['test']['accuracy']:.4f}" in table
+    assert "most often taken for" in table
+
+
+def test_predict_images(trained, digit_files):
+    folder, _ = trained
+    files, labels = digit_files
+    finished = run("predict", folder, *files, "--json")
+    predictions = [max(row["probabilities"], key=row["probabilities"].get) for row in json.loads(finished.stdout)]
+    assert sum(int(p) == label for p, label in zip(predictions, labels, strict=True)) >= 9
+    table = run("predict", folder, files[0]).stdout
+    assert "probability" in table
+    assert predictions[0] in table
+
+
+def test_signals_from_training_to_prediction(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(120):
+        label = index % 2
+        t = np.arange(30 + index % 11)
+        signal = np.stack([np.sin(t / (3 if label else 6)), np.cos(t / 4)], -1) + rng.normal(0, 0.1, (len(t), 2))
+        rows.append({"signal": signal.tolist(), "label": ["slow", "fast"][label]})
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.yaml").write_text(
+        "name: waves\ntask: {name: signals}\n"
+        "model: {memory_d: 2, order: 8, theta: 30, hidden_cell: dense, hidden_act: relu, hidden_size: 16}\n"
+        "training: {num_train_epochs: 15, learning_rate: 0.01, per_device_train_batch_size: 16}\n"
+    )
+    finished = run(
+        "train", tmp_path / "run.yaml", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out", "--no-progress"
+    )
+    assert finished.exit_code == 0, finished.output
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["scores"]["test"]["accuracy"] == 1.0
+
+    fast = np.array(rows[1]["signal"])
+    np.savetxt(tmp_path / "fast.csv", fast, delimiter=",", header="left,right", comments="")
+    np.save(tmp_path / "slow.npy", np.array(rows[0]["signal"]))
+    finished = run("predict", tmp_path / "out", tmp_path / "fast.csv", tmp_path / "slow.npy", "--json")
+    labels = [next(iter(row["probabilities"])) for row in json.loads(finished.stdout)]
+    assert labels == ["fast", "slow"]
+
+    np.savetxt(tmp_path / "narrow.csv", fast[:, :1], delimiter=",")
+    fast[4, 1] = np.nan
+    np.savetxt(tmp_path / "nan.csv", fast, delimiter=",")
+    (tmp_path / "words.csv").write_text("1.0,2.0\nthree,four\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "picture.png").write_bytes(b"")
+    for name, message in [
+        ("narrow.csv", "channels=2), found"),
+        ("nan.csv", "at step 4"),
+        ("words.csv", "could not convert string 'three'"),
+        ("empty.csv", "empty file"),
+        ("picture.png", "this model takes signals (.csv, .npy)"),
+        ("missing.csv", "no file"),
+    ]:
+        refused = run("predict", tmp_path / "out", tmp_path / name)
+        assert refused.exit_code == 2, name
+        assert message in refused.stderr, name
+        assert len(refused.stderr.strip().splitlines()) == 1, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "config: no file nowhere.yaml"),
+        (["train", "model.ordr=3"], "unknown key 'ordr'; did you mean 'order'"),
+        (["train", "model.order=-3"], "model.order: expected a whole number"),
+        (["train", "model.order=x"], "Field 'order' expected int"),
+        (["train", "model.input_size=3"], "model.input_size: the data has 1 features per step, found 3"),
+        (["train", "model.discretizer=euler", "model.order=32"], "smallest stable theta"),
+        (["train", "training.lr_scheduler_type=magic"], "training: magic is not a valid SchedulerType"),
+        (["train", "task.name=imagenet"], "task: expected one of"),
+        (["train", "--data", "somewhere"], "leave out --data"),
+        (["evaluate", "nowhere/at/all"], "model: nowhere/at/all could not be loaded"),
+        (["evaluate", "."], "holds no config.json"),
+        (["predict", ".", "a.png"], "holds no config.json"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finished = run(*arguments)
+    assert finished.exit_code == 2, finished.output
+    assert message in finished.stderr
+    assert len(finished.stderr.strip().splitlines()) == 1
+    # Nothing is left behind by a run that never began.
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_is_never_overwritten(trained):
+    folder, _ = trained
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    finished = run("train", "--output", folder)
+    assert finished.exit_code == 2
+    assert "already holds a model and is left as it is" in finished.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_images_that_do_not_fit(trained, tmp_path):
+    folder, _ = trained
+    Image.fromarray(np.zeros((9, 8), dtype=np.uint8)).save(tmp_path / "tall.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
+    for name, message in [
+        ("tall.png", "expected 8 x 8 pixels, found 8 x 9"),
+        ("broken.png", "broken.png"),
+        ("table.csv", "no file"),
+    ]:
+        finished = run("predict", folder, tmp_path / name)
+        assert finished.exit_code == 2
+        assert message in finished.stderr
+
+
+def test_same_seed_same_model(tmp_path):
+    for name in ("a", "b"):
+        assert run("train", *QUICK, "--output", tmp_path / name, "--no-progress").exit_code == 0
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_default_output_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run("train", *QUICK, "--no-progress").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["digits-plmu", "digits-plmu-2"]
+
+
+def test_a_damaged_model_is_named(trained, tmp_path):
+    folder, _ = trained
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 40)
+    finished = run("evaluate", tmp_path)
+    assert finished.exit_code == 2
+    assert "could not be loaded" in finished.stderr
+
+
+def test_version_and_help():
+    import lmu_hf
+
+    assert run("--version").stdout.strip() == lmu_hf.__version__
+    assert "train" in run("--help").stdout
+
+
+def test_digits_task_ships_its_config():
+    assert load_task("digits").dataset["id"] == "sklearn/digits"
