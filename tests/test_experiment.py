@@ -25,7 +25,9 @@ def write(tmp_path, text):
 
 def test_overrides(tmp_path):
     path = write(tmp_path, "task: {name: digits}\nmodel: {order: 8}\n")
-    changed = Experiment.read(path, ["model.order=16", "training.learning_rate=1e-3", "seed=7", "model.theta=[[3.0], [4.0]]"])
+    changed = Experiment.read(
+        path, ["model.order=16", "training.learning_rate=1e-3", "seed=7", "model.theta=[[3.0], [4.0]]"]
+    )
     assert changed.name == "digits"
     assert changed.model == {"order": 16, "theta": [[3.0], [4.0]]}
     assert changed.training["learning_rate"] == 0.001

@@ -78,7 +78,9 @@ def test_psmnist(mnist):
 
 
 def test_psmnist_rejects(mnist, tmp_path):
-    with pytest.raises(InputError, match="no column 'picture' for the image, found .'image', 'label'.; name it with task.image"):
+    with pytest.raises(
+        InputError, match="no column 'picture' for the image, found .'image', 'label'.; name it with task.image"
+    ):
         load_task("psmnist", str(mnist), image_column="picture")
     with pytest.raises(InputError, match=r"task.permutation: expected one of"):
         load_task("psmnist", str(mnist), permutation="random")
