@@ -77,7 +77,9 @@ def train(
     data: Data = None,
     output: Annotated[str | None, typer.Option(help="Folder for the model; runs/NAME by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, in place of the experiment's.")] = None,
-    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+    progress: Annotated[
+        bool | None, typer.Option(help="Show a progress bar rather than a line per epoch; by default on a terminal.")
+    ] = None,
 ) -> None:
     """Train a model: the best epoch on the validation part is kept, scored on the test part, saved, reloaded and checked."""
     overrides = list(overrides or [])
@@ -95,7 +97,7 @@ def train(
 
     output_dir = Path(output) if output else training.free_output_dir(experiment.name)
     typer.echo(f"{experiment.name}: training into {output_dir}")
-    result = training.train(experiment, output_dir, data, progress=progress)
+    result = training.train(experiment, output_dir, data, progress=sys.stderr.isatty() if progress is None else progress)
     _print_result(result, output_dir)
 
 

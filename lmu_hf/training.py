@@ -20,8 +20,10 @@ from safetensors import SafetensorError
 from transformers import (
     AutoProcessor,
     EvalPrediction,
+    PrinterCallback,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -82,7 +84,7 @@ def train(
     before = time.perf_counter()
     trainer.train()
     train_seconds = time.perf_counter() - before
-    scores = {part: _scores(trainer.evaluate(task.parts[part])) for part in PARTS[1:]}
+    scores = {part: _scores(trainer.predict(task.parts[part]).metrics) for part in PARTS[1:]}
     trainer.save_model(str(output_dir))
     (output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle; result.json holds what matters, readably
     task.processor.save_pretrained(output_dir)
@@ -177,11 +179,24 @@ def build_trainer(
         data_collator=collate,
         compute_metrics=accuracy,
     )
-    # The bar stays; one printed dictionary of numbers per epoch goes, as result.json holds them.
-    trainer.remove_callback(ProgressCallback)
-    if progress:
-        trainer.add_callback(_EpochBar)
+    # One line or one bar with the scores, in place of dictionaries of numbers; result.json holds them all.
+    trainer.remove_callback(ProgressCallback if progress else PrinterCallback)
+    trainer.add_callback(_EpochBar if progress else _EpochLine)
     return trainer
+
+
+class _EpochLine(TrainerCallback):
+    """One line per epoch, for logs."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        metrics = kwargs.get("metrics") or {}
+        losses = [log["loss"] for log in state.log_history if "loss" in log]
+        if state.is_world_process_zero and "eval_accuracy" in metrics and losses:
+            print(
+                f"epoch {state.epoch:g} of {state.num_train_epochs}: loss {losses[-1]:.4f}, validation loss "
+                f"{metrics['eval_loss']:.4f}, accuracy {metrics['eval_accuracy']:.4f}",
+                flush=True,
+            )
 
 
 class _EpochBar(ProgressCallback):
@@ -325,7 +340,7 @@ def _cpu_name() -> str:
 
 
 def _scores(metrics: dict[str, float]) -> dict[str, float]:
-    return {"accuracy": metrics["eval_accuracy"], "loss": metrics["eval_loss"]}
+    return {"accuracy": metrics["test_accuracy"], "loss": metrics["test_loss"]}
 
 
 def _best_epoch(trainer: Trainer) -> float | None:
