@@ -84,7 +84,7 @@ def train(
     before = time.perf_counter()
     trainer.train()
     train_seconds = time.perf_counter() - before
-    scores = {part: _scores(trainer.predict(task.parts[part]).metrics) for part in PARTS[1:]}
+    scores = {part: _scores(trainer.predict(task.parts[part]).metrics or {}) for part in PARTS[1:]}
     trainer.save_model(str(output_dir))
     (output_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle; result.json holds what matters, readably
     task.processor.save_pretrained(output_dir)

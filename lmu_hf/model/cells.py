@@ -138,7 +138,7 @@ class LSTMCell(_BuiltinCell):
     gates = 4
 
     def __init__(self, *args: Any, recurrent_activation: str = "sigmoid", **kwargs: Any):
-        self._recurrent_activation = check_activation("hidden_cell.recurrent_activation", recurrent_activation)
+        self.recurrent_activation = check_activation("hidden_cell.recurrent_activation", recurrent_activation)
         super().__init__(*args, **kwargs)
 
     @property
@@ -153,7 +153,7 @@ class LSTMCell(_BuiltinCell):
 
     def forward(self, z: Tensor, state: State) -> tuple[Tensor, State]:
         h, c = state
-        f, s = ACTIVATIONS[self.activation], ACTIVATIONS[self._recurrent_activation]
+        f, s = ACTIVATIONS[self.activation], ACTIVATIONS[self.recurrent_activation]
         gates = F.linear(z, self.weight_ih, self.bias) + F.linear(h, self.weight_hh)
         i, forget, g, o = gates.chunk(4, dim=-1)
         c = s(forget) * c + s(i) * f(g)
@@ -167,7 +167,7 @@ class GRUCell(_BuiltinCell):
     gates = 3
 
     def __init__(self, *args: Any, recurrent_activation: str = "sigmoid", **kwargs: Any):
-        self._recurrent_activation = check_activation("hidden_cell.recurrent_activation", recurrent_activation)
+        self.recurrent_activation = check_activation("hidden_cell.recurrent_activation", recurrent_activation)
         super().__init__(*args, **kwargs)
 
     def _build_bias(self, rows: int, use_bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
@@ -182,7 +182,7 @@ class GRUCell(_BuiltinCell):
 
     def forward(self, z: Tensor, state: State) -> tuple[Tensor, State]:
         (h,) = state
-        f, s = ACTIVATIONS[self.activation], ACTIVATIONS[self._recurrent_activation]
+        f, s = ACTIVATIONS[self.activation], ACTIVATIONS[self.recurrent_activation]
         input_r, input_z, input_n = F.linear(z, self.weight_ih, self.bias).chunk(3, dim=-1)
         hidden_r, hidden_z, hidden_n = F.linear(h, self.weight_hh, self.bias_hh).chunk(3, dim=-1)
         reset, update = s(input_r + hidden_r), s(input_z + hidden_z)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from .cell_registry import HiddenCellSpec
 from .cells import is_recurrent
+from .gates import gate_weights
 from .lmu_cell import LMUCell, LMUState
+from .lookahead import gated_scan, lookahead_input, lookahead_recurrence, unsupported
 from .memory import ALGORITHMS, linear_memory
 from .ragged import blank, last_valid, pack, reverse, to_front, to_place
 from .recurrence import naive_recurrence, naive_scan
@@ -48,8 +50,8 @@ class LMU(nn.Module):
         stateful: start each call from the state where the one before ended; see :meth:`reset_state`.
         go_backwards: run from the last step to the first; sequence outputs come in that order too.
         bidirectional: run both ways, with separate weights, and join the outputs, both in time order.
-        algorithm: how the memory is computed: "auto", "naive", "chunked", "fft" or "final". A choice of this run that is not
-            part of a checkpoint; may be set at any time.
+        algorithm: how the memory is computed: "auto", "naive", "chunked", "fft", "final" or, where the state is fed back,
+            "lookahead". A choice of this run that is not part of a checkpoint; may be set at any time.
         **kwargs: the other arguments of :class:`LMUCell`.
 
     Raises:
@@ -103,12 +105,18 @@ class LMU(nn.Module):
 
     @algorithm.setter
     def algorithm(self, name: str) -> None:
-        if name not in ("auto", *ALGORITHMS):
-            raise ValueError(f"algorithm: expected 'auto' or one of {list(ALGORITHMS)}, found {name!r}")
+        known = ["auto", *ALGORITHMS, "lookahead"]
+        if name not in known:
+            raise ValueError(f"algorithm: expected one of {known}, found {name!r}")
+        if name == "lookahead" and not self.cell.coupled:
+            raise ValueError(
+                "algorithm: 'lookahead' is for hidden_to_memory or memory_to_memory; without them the memory's input is known "
+                "in advance, so use 'chunked', 'fft' or 'auto'"
+            )
         if name in ("chunked", "fft", "final") and self.cell.coupled:
             raise ValueError(
                 f"algorithm: {name!r} needs a memory whose input is known in advance, but hidden_to_memory or "
-                "memory_to_memory feed the state back into it; use 'auto' or 'naive'"
+                "memory_to_memory feed the state back into it; use 'auto', 'lookahead' or 'naive'"
             )
         if name == "final" and (self.return_sequences or self._hidden_is_recurrent):
             reason = "return_sequences=True" if self.return_sequences else "a recurrent hidden cell"
@@ -244,13 +252,27 @@ class LMU(nn.Module):
         self, cell: LMUCell, x: Tensor, state: LMUState, lengths: Tensor | None, return_sequences: bool
     ) -> tuple[Tensor, LMUState]:
         """Runs one direction over rows whose valid steps come first."""
-        if cell.coupled or self.algorithm == "naive":
-            return naive_recurrence(cell, x, state, lengths, return_sequence=return_sequences)
+        dropout, system = cell.sample_dropout(x), cell.system()
+        naive = self.algorithm == "naive"
+        if cell.coupled and not naive:
+            reason = unsupported(cell, dropout)
+            if reason is not None and self.algorithm == "lookahead":
+                raise ValueError(f"algorithm: 'lookahead' cannot run this layer, because {reason}; use 'auto' or 'naive'")
+            # A single step has nothing to look ahead to.
+            naive = reason is not None or (self.algorithm == "auto" and x.shape[1] == 1)
+        if naive:
+            return naive_recurrence(cell, x, state, lengths, system, dropout, return_sequence=return_sequences)
+        if cell.hidden_to_memory:
+            return lookahead_recurrence(cell, x, state, lengths, system, dropout, return_sequence=return_sequences)
+        if cell.memory_to_memory:
+            u = lookahead_input(cell, x, state.memory, system, dropout)
+        else:
+            u = cell.encode(x, dropout=dropout)
         hidden_cell = cell.hidden_cell
         all_states = return_sequences or self._hidden_is_recurrent
-        u = cell.encode(x, dropout=cell.sample_dropout(x))
+        algorithm = "auto" if self.algorithm == "lookahead" else self.algorithm
         memory, final_memory = linear_memory(
-            u, cell.system(), state.memory, lengths, return_sequence=all_states, algorithm=self.algorithm
+            u, system, state.memory, lengths, return_sequence=all_states, algorithm=algorithm
         )
         if memory is None:
             z = cell.hidden_input(final_memory, last_valid(x, lengths))
@@ -260,7 +282,8 @@ class LMU(nn.Module):
                 output = output.masked_fill((lengths == 0)[:, None], 0)
         elif hidden_cell is not None and self._hidden_is_recurrent:
             z = cell.hidden_input(memory, x)
-            output, hidden = naive_scan(hidden_cell, z, state.hidden, lengths, return_sequence=return_sequences)
+            scan = naive_scan if x.shape[1] == 1 or gate_weights(hidden_cell) is None else gated_scan
+            output, hidden = scan(hidden_cell, z, state.hidden, lengths, return_sequence=return_sequences)
             return output, LMUState(final_memory, hidden)
         else:
             z = cell.hidden_input(memory, x)

@@ -130,11 +130,11 @@ def memory_step(memory: Tensor, u: Tensor, Ad: Tensor, Bd: Tensor) -> Tensor:
 
 
 def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    inputs = _fold(u, system.scales)
+    inputs = fold_rows(u, system.scales)
     rows, steps = inputs.shape[1:]
     size = min(steps, _chunk_size(rows, system.order))
     from_input, from_state = system.chunk_operator(size, u.dtype, u.device)
-    memory = None if initial_state is None else _fold_state(initial_state, system.scales)
+    memory = None if initial_state is None else fold_state(initial_state, system.scales)
     chunks = []
     for start in range(0, steps, size):
         count = min(size, steps - start)
@@ -146,25 +146,25 @@ def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengt
         memory = chunk[..., -system.order :]
         chunks.append(chunk)
     states = torch.cat(chunks, dim=-1).unflatten(-1, (steps, system.order))
-    return _finish(_unfold(states, u.shape), initial_state, lengths)
+    return _finish(_unfold_sequence(states, u.shape), initial_state, lengths)
 
 
 def _fft(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    inputs = _fold(u, system.scales)
+    inputs = fold_rows(u, system.scales)
     steps = inputs.shape[-1]
     size = 1 << (2 * steps - 1).bit_length()  # no wrap-around, and a power of two
     response = torch.fft.rfft(system.impulse_response(steps, u.dtype, u.device).mT, n=size)
     spectrum = torch.fft.rfft(inputs, n=size)[:, :, None] * response[:, None]
     states = torch.fft.irfft(spectrum, n=size)[..., :steps].mT
     if initial_state is not None:
-        states = states + _free_response(_fold_state(initial_state, system.scales), system, steps)
-    return _finish(_unfold(states, u.shape), initial_state, lengths)
+        states = states + _free_response(fold_state(initial_state, system.scales), system, steps)
+    return _finish(_unfold_sequence(states, u.shape), initial_state, lengths)
 
 
 def _final(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[None, Tensor]:
     steps = u.shape[1]
     # Newest first: m_T = sum_k H[k] u[T-1-k], and rows that are shorter just end in zeros.
-    newest_first = _fold(reverse(u, lengths), system.scales)
+    newest_first = fold_rows(reverse(u, lengths), system.scales)
     response = system.impulse_response(min(steps, _FINAL_SEGMENT), u.dtype, u.device)
     memory: Tensor | None = None
     for start in reversed(range(0, steps, _FINAL_SEGMENT)):
@@ -174,7 +174,7 @@ def _final(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths
             update = torch.baddbmm(update, memory, system.power(segment.shape[-1], u.dtype, u.device).mT)
         memory = update
     assert memory is not None
-    final = _unfold_state(memory, u.shape)
+    final = unfold_state(memory, u.shape)
     if initial_state is not None:
         final = final + _advance(initial_state, system, steps, lengths)
     return None, final
@@ -191,12 +191,12 @@ def _chunk_size(rows: int, order: int) -> int:
 
 def _advance(memory: Tensor, system: DelaySystem, steps: int, lengths: Tensor | None) -> Tensor:
     """Ad^steps m, or Ad^length m per row: binary powers, so that any mix of lengths costs log2(T) products."""
-    folded = _fold_state(memory, system.scales)
+    folded = fold_state(memory, system.scales)
     if lengths is None:
-        return _unfold_state(folded @ system.power(steps, memory.dtype, memory.device).mT, memory.shape)
+        return unfold_state(folded @ system.power(steps, memory.dtype, memory.device).mT, memory.shape)
     for bit in range(steps.bit_length()):
         power = system.power(1 << bit, memory.dtype, memory.device)
-        advanced = _unfold_state(_fold_state(memory, system.scales) @ power.mT, memory.shape)
+        advanced = unfold_state(fold_state(memory, system.scales) @ power.mT, memory.shape)
         memory = torch.where((lengths >> bit & 1).bool()[:, None, None], advanced, memory)
     return memory
 
@@ -215,14 +215,14 @@ def _zero_state(u: Tensor, system: DelaySystem) -> Tensor:
     return u.new_zeros(u.shape[0], u.shape[2], system.order)
 
 
-def _fold(u: Tensor, scales: int) -> Tensor:
+def fold_rows(u: Tensor, scales: int) -> Tensor:
     """(B, T, D) -> (S, R, T)."""
     if scales == 1:
         return u.mT.reshape(1, -1, u.shape[1])
     return u.permute(2, 0, 1)
 
 
-def _unfold(states: Tensor, shape: torch.Size) -> Tensor:
+def _unfold_sequence(states: Tensor, shape: torch.Size) -> Tensor:
     """(S, R, T, N) -> (B, T, D, N)."""
     batch, steps, dims = shape
     if states.shape[0] == 1:
@@ -230,12 +230,12 @@ def _unfold(states: Tensor, shape: torch.Size) -> Tensor:
     return states.permute(1, 2, 0, 3)
 
 
-def _fold_state(memory: Tensor, scales: int) -> Tensor:
+def fold_state(memory: Tensor, scales: int) -> Tensor:
     """(B, D, N) -> (S, R, N)."""
     return memory.reshape(1, -1, memory.shape[-1]) if scales == 1 else memory.transpose(0, 1)
 
 
-def _unfold_state(memory: Tensor, shape: torch.Size) -> Tensor:
+def unfold_state(memory: Tensor, shape: torch.Size) -> Tensor:
     """(S, R, N) -> (B, D, N), given any shape that starts with B."""
     if memory.shape[0] == 1:
         return memory.reshape(shape[0], -1, memory.shape[-1])

@@ -14,13 +14,21 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .lmu_cell import LMUCell, LMUState
+    from .legendre import DelaySystem
+    from .lmu_cell import Dropout, LMUCell, LMUState
 
 State = tuple[Tensor, ...]
 
 
 def naive_recurrence(
-    cell: LMUCell, x: Tensor, state: LMUState, lengths: Tensor | None, *, return_sequence: bool
+    cell: LMUCell,
+    x: Tensor,
+    state: LMUState,
+    lengths: Tensor | None,
+    system: DelaySystem,
+    dropout: Dropout,
+    *,
+    return_sequence: bool,
 ) -> tuple[Tensor, LMUState]:
     """Runs an LMU cell over a sequence.
 
@@ -29,14 +37,14 @@ def naive_recurrence(
         x: inputs (B, T, input_size), valid steps first.
         state: the state before the first step.
         lengths: number of valid steps per row (B,), or None for all. Later steps change nothing.
+        system: the delay system of this run.
+        dropout: the dropout masks of these sequences.
         return_sequence: return the outputs of all steps rather than the last valid one.
 
     Returns:
         Outputs (B, T, output_size), zero past a row's length, or the last valid one (B, output_size), zero in rows without
         valid steps; and the state after each row's last valid step.
     """
-    dropout = cell.sample_dropout(x)
-    system = cell.system()
 
     def step(t: int, flat: State) -> tuple[Tensor, State]:
         output, new_state = cell.step(x[:, t], cell.unflatten_state(flat), system, dropout)

@@ -316,7 +316,8 @@ def test_recurrent_dropout_leaves_the_memory_itself_alone():
     x = torch.randn(1, 20, 1)
     trained = layer(x)
     layer.eval()
-    assert torch.equal(trained, layer(x))
+    # The mask goes through the zero weights only; in training the steps run one by one, hence another order of sums.
+    assert (trained - layer(x)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("name", ["rnn_all", "dense_h2m", "gru_h2m"])
@@ -395,8 +396,9 @@ def arguments(**kwargs):
         (arguments(kernel_regularizer={"name": "l2", "l2": -1}), "expected l2 >= 0"),
         (arguments(dropout=1.0), "dropout: expected a rate"),
         (arguments(encoder_act="swoosh"), "encoder_act: expected one of"),
-        (arguments(algorithm="scan"), "algorithm: expected 'auto'"),
+        (arguments(algorithm="scan"), "algorithm: expected one of"),
         (arguments(algorithm="fft", memory_to_memory=True), "feed the state back"),
+        (arguments(algorithm="lookahead"), "'lookahead' is for hidden_to_memory or memory_to_memory"),
         (arguments(algorithm="final", return_sequences=True), "return_sequences=True needs all"),
         (arguments(algorithm="final", hidden_cell="rnn", hidden_size=2), "a recurrent hidden cell needs all"),
         (arguments(bidirectional=True, stateful=True), "stateful: a bidirectional layer"),

@@ -1,0 +1,181 @@
+"""The coupled recurrence in chunks, and the gated scan, against the naive loops: outputs, states, every gradient."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from lmu_hf.model import lookahead
+from lmu_hf.model.cell_registry import build_hidden_cell
+from lmu_hf.model.gates import GATES, gate_weights
+from lmu_hf.model.layer import LMU
+from lmu_hf.model.recurrence import naive_scan
+
+F64 = torch.float64
+CELLS = {
+    "rnn": {"hidden_cell": "rnn", "hidden_size": 5},
+    "rnn_no_bias": {"hidden_cell": {"name": "rnn", "use_bias": False}, "hidden_size": 5},
+    "relu": {"hidden_cell": "rnn", "hidden_size": 5, "hidden_act": "relu"},
+    "sigmoid": {"hidden_cell": "rnn", "hidden_size": 5, "hidden_act": "sigmoid"},
+    "lstm": {"hidden_cell": "lstm", "hidden_size": 5},
+    "gru": {"hidden_cell": "gru", "hidden_size": 5},
+    "dense": {"hidden_cell": "dense", "hidden_size": 5, "hidden_act": "tanh"},
+    "torch_rnn": {"hidden_cell": nn.RNNCell},
+    "torch_lstm": {"hidden_cell": nn.LSTMCell},
+    "torch_gru": {"hidden_cell": nn.GRUCell},
+    "torch_linear": {"hidden_cell": nn.Linear},
+}
+CONNECTIONS = {
+    "h2m": {"hidden_to_memory": True},
+    "all": {"hidden_to_memory": True, "memory_to_memory": True, "input_to_hidden": True, "use_bias": True},
+    "m2m": {"memory_to_memory": True, "input_to_hidden": True},
+    "no_kernel": {"hidden_to_memory": True, "memory_to_memory": True, "kernel_initializer": None, "memory_d": 8},
+}
+SYSTEMS = {
+    "one": {"theta": 9.0},
+    "scales": {"theta": [5.0, 20.0]},
+    "trained": {"theta": [5.0, 20.0], "trainable_theta": True},
+}
+
+
+def build(cell, connections, system):
+    arguments = {"memory_d": 2, "order": 4, **CELLS[cell], **CONNECTIONS[connections], **SYSTEMS[system]}
+    if isinstance(arguments["theta"], list):
+        arguments["theta"] = (arguments["theta"] * 4)[: arguments["memory_d"]]
+    if isinstance(arguments["hidden_cell"], type):
+        features = arguments["memory_d"] * 4 + 3 * bool(arguments.get("input_to_hidden"))
+        arguments["hidden_cell"] = arguments["hidden_cell"](features, 5, dtype=F64)
+    layer = LMU(3, return_state=True, return_sequences=True, dtype=F64, **arguments)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if not name.endswith("theta_inv"):
+                parameter.uniform_(-0.6, 0.6)
+    return layer
+
+
+def everything(layer, x, lengths):
+    """Output, states, and the gradients of x, of the initial state and of all weights."""
+    torch.manual_seed(1)
+    x = x.clone().requires_grad_()
+    zeros = layer.cell.flatten_state(layer.cell.initial_state(x))
+    start = tuple(torch.randn_like(part).requires_grad_() for part in zeros)
+    output, state = layer(x, start, lengths=lengths)
+    results = [output, *layer.cell.flatten_state(state)]
+    loss = sum((result * torch.randn(result.shape, dtype=F64)).sum() for result in results)
+    # A state that a path does not depend on has no gradient there and a zero one elsewhere.
+    inputs = [x, *start, *layer.parameters()]
+    return results, torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7])
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("connections", CONNECTIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_equals_naive(cell, connections, system, chunk, monkeypatch):
+    monkeypatch.setattr(lookahead, "chunk_size", lambda *_: chunk)
+    layer = build(cell, connections, system)
+    for steps, lengths in ((2, None), (16, None), (23, torch.tensor([23, 7, 8, 0]))):
+        x = torch.randn(4, steps, 3, dtype=F64)
+        layer.algorithm = "lookahead"
+        results, gradients = everything(layer, x, lengths)
+        layer.algorithm = "naive"
+        naive_results, naive_gradients = everything(layer, x, lengths)
+        for ours, naive in zip(results, naive_results, strict=True):
+            # A linear cell without squashing may grow to 1e3 in 23 steps: relative to that.
+            assert (ours - naive).abs().max() < 1e-12 * max(1.0, float(naive.detach().abs().max()))
+        for ours, naive in zip(gradients, naive_gradients, strict=True):
+            assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.abs().max()))
+
+
+def test_order_256_in_float32():
+    layer = LMU(1, 1, 256, 784.0, "rnn", 20, hidden_to_memory=True, memory_to_memory=True, return_sequences=True)
+    x = torch.rand(2, 784, 1)
+    output = layer(x)
+    layer.algorithm = "naive"
+    naive = layer(x)
+    exact = layer.double()(x.double())
+    # As exact as the naive loop in float32, whose rounding through 784 coupled steps is 1e-5 to 3e-5 here.
+    error, naive_error = float((output - exact).detach().norm()), float((naive - exact).detach().norm())
+    assert error < 2 * naive_error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs(dtype):
+    layer = build("lstm", "all", "one").float()
+    x = torch.randn(3, 20, 3)
+    expected, _ = layer(x)
+    with torch.autocast("cpu", dtype=dtype):
+        output, state = layer(x)
+    assert state.memory.dtype == torch.float32
+    # Everything but the decoders of x runs in float32 here.
+    assert (output.float() - expected).abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"encoder_act": "tanh"}, "encoder_act"),
+        ({"recurrent_dropout": 0.5}, "dropout"),
+        ({"dropout": 0.5}, "dropout"),
+        ({"hidden_act": "gelu"}, "no form as affine gates"),
+    ],
+)
+def test_what_it_cannot_do(arguments, reason):
+    kwargs = {"hidden_to_memory": True, "memory_to_memory": True, **arguments}
+    layer = LMU(3, 2, 4, 9.0, "rnn", 5, algorithm="lookahead", **kwargs)
+    x = torch.randn(2, 6, 3)
+    with pytest.raises(ValueError, match=f"'lookahead' cannot run this layer, because .*{reason}"):
+        layer(x)
+    layer.algorithm = "auto"
+    assert layer(x).isfinite().all()
+
+
+def test_second_derivative_is_refused():
+    layer = build("rnn", "all", "one")
+    x = torch.randn(2, 6, 3, dtype=F64, requires_grad=True)
+    output, _ = layer(x)
+    with pytest.raises(RuntimeError, match="second derivative.*algorithm='naive'"):
+        torch.autograd.grad(output.sum(), x, create_graph=True)
+    layer.algorithm = "naive"
+    (gradient,) = torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
+    gradient.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["rnn", "lstm", "gru"])
+def test_gated_scan(kind):
+    cell = build_hidden_cell(
+        kind, memory_d=2, order=3, input_size=1, input_to_hidden=False, hidden_size=4, hidden_act=None, dtype=F64
+    )
+    z = torch.randn(3, 11, 6, dtype=F64, requires_grad=True)
+    state = tuple(torch.randn(3, size, dtype=F64, requires_grad=True) for size in cell.state_sizes)
+    lengths = torch.tensor([11, 4, 0])
+    sides = []
+    for scan in (lookahead.gated_scan, naive_scan):
+        output, final = scan(cell, z, state, lengths, return_sequence=True)
+        loss = output.square().sum() + sum((part * 1.5).sum() for part in final)
+        sides.append([output, *final, *torch.autograd.grad(loss, [z, *state, *cell.parameters()])])
+    for ours, naive in zip(*sides, strict=True):
+        assert (ours - naive).abs().max() < 1e-12
+
+
+def test_no_graph_is_kept_alive():
+    def graphs():
+        return sum(type(item).__name__ == "_LookaheadBackward" for item in gc.get_objects())
+
+    layer = build("lstm", "all", "one")
+    gc.collect()
+    gc.disable()
+    try:
+        output = layer(torch.randn(2, 6, 3, dtype=F64))
+        assert graphs() == 1
+        del output
+        # Freed by counting references, without the collector: the graph holds no cycle.
+        assert graphs() == 0
+    finally:
+        gc.enable()
+
+
+def test_every_kind_has_weights():
+    assert {"tanh", "sigmoid", "relu", "linear", "lstm", "gru"} == set(GATES)
+    assert gate_weights(nn.Sequential()) is None
