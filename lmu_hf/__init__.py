@@ -15,11 +15,12 @@ from transformers import (
 
 from .model.cell_registry import register_hidden_cell
 from .model.configuration_lmu import LMUConfig
-from .model.layer import LMU, BidirectionalState
-from .model.lmu_cell import LMUCell, LMUState
+from .model.layer import LMU
+from .model.lmu_cell import LMUCell
 from .model.memory import linear_memory
 from .model.modeling_lmu import LMUForSequenceClassification, LMUModel, LMUModelOutput, LMUPreTrainedModel
 from .model.processing_lmu import LMUFeatureExtractor, LMUImageProcessor
+from .model.state import BidirectionalState, LMUState
 
 __version__ = "0.1.0"
 

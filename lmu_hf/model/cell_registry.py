@@ -27,7 +27,7 @@ def register_hidden_cell(name: str, factory: Callable[..., nn.Module] | None = N
         name: the name.
         factory: called as ``factory(input_size, hidden_size, **options)``, where the options are those of the
             specification (``{"name": ..., **options}``) and ``activation`` if ``hidden_act`` is set; returns a module that
-            follows the protocol of this file. Leave it out to use the function as a class decorator.
+            follows the protocol of ``cells.py``. Leave it out to use the function as a class decorator.
 
     Raises:
         ValueError: the name is taken by a built-in cell.
@@ -83,8 +83,17 @@ def build_hidden_cell(
     blocks = {"memory": memory_d * order, "input": input_size if input_to_hidden else 0}
 
     def build(spec: Any, blocks: Mapping[str, int], default_size: int | None) -> nn.Module:
+        cell = build_one(spec, blocks, default_size)
+        cell.is_hidden_cell = True  # type: ignore[assignment]  # tells a model which modules to initialise as cells
+        return cell
+
+    def build_one(spec: Any, blocks: Mapping[str, int], default_size: int | None) -> nn.Module:
         if isinstance(spec, nn.Module):
-            return _adopt(spec, sum(blocks.values()))
+            cell = _adopt(spec, sum(blocks.values()))
+            if hidden_act is not None or default_size not in (None, cell.output_size):
+                found = f"hidden_act={hidden_act!r}" if hidden_act is not None else f"hidden_size={default_size}"
+                raise ValueError(f"hidden_cell: a module brings its own size and activation, found {found}; leave it out")
+            return cell
         if isinstance(spec, str):
             spec = {"name": spec}
         if not isinstance(spec, Mapping) or "name" not in spec:
@@ -142,7 +151,7 @@ def build_hidden_cell(
         cells: list[nn.Module] = []
         for part in spec:
             # hidden_size is for the cells that have a choice.
-            default = None if part == "readout" else hidden_size
+            default = None if part == "readout" or isinstance(part, nn.Module) else hidden_size
             cells.append(build(part, {"memory": cells[-1].output_size} if cells else blocks, default))  # type: ignore[dict-item]
         return cells[0] if len(cells) == 1 else StackedCell(cells)
     return build(spec, blocks, hidden_size)

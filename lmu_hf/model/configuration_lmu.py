@@ -1,6 +1,7 @@
 """The configuration of an LMU model."""
 
 import difflib
+import numbers
 from dataclasses import fields
 from typing import Any
 
@@ -40,6 +41,9 @@ _LAYER_FIELDS = (
     "go_backwards",
     "bidirectional",
 )
+
+# Arguments of LMU that a model has no use for; as unknown keys they would be kept and ignored.
+_OF_THE_LAYER = ("return_sequences", "return_state", "time_major", "stateful", "algorithm", "device")
 
 
 @strict
@@ -95,6 +99,7 @@ class LMUConfig(PreTrainedConfig):
 
     Raises:
         ValueError: a value is wrong; the message names field, value and remedy.
+        huggingface_hub.errors.StrictDataclassFieldValidationError: a value is of the wrong type; names field, type and value.
     """
 
     model_type = "lmu"
@@ -109,7 +114,7 @@ class LMUConfig(PreTrainedConfig):
     hidden_act: str | None = None
     memory_d: int = 1
     order: int = 256
-    theta: int | float | list = 784.0
+    theta: int | float | list | tuple = 784.0
     trainable_theta: bool = False
     hidden_to_memory: bool = False
     memory_to_memory: bool = False
@@ -143,10 +148,12 @@ class LMUConfig(PreTrainedConfig):
         known = [field.name for field in fields(self)]
         for name in kwargs:
             # Extra keys are transformers' custom; a near miss of a field is a slip that would silently train another model.
+            if name in _OF_THE_LAYER:
+                raise ValueError(f"{name}: an argument of the layer LMU; a model decides it by itself, leave it out")
             if not name.startswith("_") and (near := difflib.get_close_matches(name, known, n=1, cutoff=0.85)):
                 raise ValueError(f"{name}: not a field of LMUConfig; did you mean {near[0]!r}?")
-        if isinstance(self.theta, tuple):
-            self.theta = list(self.theta)
+        # The plain numbers that JSON knows.
+        self.theta = _plain(self.theta)
         super().__post_init__(**kwargs)
         # Here and not only in validate_lmu: what it raises arrives as it is, without the wrapper of @strict.
         self.validate_lmu()
@@ -169,6 +176,12 @@ class LMUConfig(PreTrainedConfig):
         _check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
         for name in ("num_hidden_layers", "input_size"):
             _check_positive(name, getattr(self, name))
+        if not self.id2label or sorted(self.id2label) != list(range(len(self.id2label))):
+            raise ValueError(f"id2label: expected a name for each of 0 .. n-1, found {self.id2label!r}; set num_labels >= 1")
+        if self.layer_norm_epsilon <= 0:
+            raise ValueError(f"layer_norm_epsilon: expected a positive number, found {self.layer_norm_epsilon}")
+        if self.vocab_size is not None and self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id: expected a token below vocab_size={self.vocab_size}, found {self.pad_token_id}")
         for name in ("vocab_size", "hidden_size", "intermediate_size"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
@@ -213,7 +226,7 @@ class LMUConfig(PreTrainedConfig):
         assert self.hidden_size is not None
         return self.hidden_size
 
-    def layer_theta(self, index: int) -> float | list[float]:
+    def layer_theta(self, index: int) -> Any:
         """theta of one layer.
 
         Raises:
@@ -244,6 +257,12 @@ class LMUConfig(PreTrainedConfig):
         return self.hidden_cell == "readout" or (
             isinstance(self.hidden_cell, dict) and self.hidden_cell.get("name") == "readout"
         )
+
+
+def _plain(theta: Any) -> Any:
+    if isinstance(theta, list | tuple):
+        return [_plain(entry) for entry in theta]
+    return float(theta) if isinstance(theta, numbers.Real) and not isinstance(theta, bool | int) else theta
 
 
 def _check_choice(field: str, value: Any, choices: tuple) -> None:

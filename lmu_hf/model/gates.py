@@ -50,15 +50,16 @@ def gate_weights(cell: nn.Module) -> GateWeights | None:
 
 
 def _torch_weights(module: nn.Module) -> GateWeights | None:
+    weights = dict(module.named_parameters())
     # Exact types: a subclass may compute something else.
     if type(module) is nn.Linear:
-        return GateWeights("linear", module.weight.mT, None, module.bias)
+        return GateWeights("linear", weights["weight"].mT, None, weights.get("bias"))
     if type(module) is nn.GRUCell:
-        return _gru_weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
+        return _gru_weights(weights["weight_ih"], weights["weight_hh"], weights.get("bias_ih"), weights.get("bias_hh"))
     if type(module) in (nn.RNNCell, nn.LSTMCell):
-        bias = None if module.bias_ih is None else module.bias_ih + module.bias_hh
+        bias = weights["bias_ih"] + weights["bias_hh"] if "bias_ih" in weights else None
         kind = module.nonlinearity if isinstance(module, nn.RNNCell) else "lstm"
-        return GateWeights(kind, module.weight_ih.mT, module.weight_hh.mT, bias)  # type: ignore[operator, arg-type]
+        return GateWeights(kind, weights["weight_ih"].mT, weights["weight_hh"].mT, bias)
     return None
 
 

@@ -6,7 +6,7 @@ time (Chilkuri & Eliasmith 2021); otherwise step by step. Both give the same num
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +14,12 @@ from torch import Tensor, nn
 from .cell_registry import HiddenCellSpec
 from .cells import is_recurrent
 from .gates import gate_weights
-from .lmu_cell import LMUCell, LMUState
+from .lmu_cell import LMUCell
 from .lookahead import gated_scan, lookahead_input, lookahead_recurrence, unsupported
 from .memory import ALGORITHMS, linear_memory
-from .ragged import blank, last_valid, pack, reverse, to_front, to_place
+from .ragged import blank, check_lengths, last_valid, pack, reverse, to_front, to_place
 from .recurrence import naive_recurrence, naive_scan
-
-
-class BidirectionalState(NamedTuple):
-    """The states of both directions of a bidirectional LMU.
-
-    Attributes:
-        forward: state after the last step.
-        backward: state after the first step, reached last by the direction that runs from the end.
-    """
-
-    forward: LMUState
-    backward: LMUState
+from .state import BidirectionalState, LMUState
 
 
 class LMU(nn.Module):
@@ -140,7 +129,9 @@ class LMU(nn.Module):
             self._state = None
             return
         index = torch.as_tensor(rows, device=self._state.memory.device)
-        for tensor in LMUCell.flatten_state(self._state):
+        if index.is_floating_point():
+            raise ValueError(f"rows: expected row numbers or a boolean per row, found {rows!r}")
+        for tensor in self._state.tensors():
             tensor[index] = 0
 
     def reset_parameters(self) -> None:
@@ -193,16 +184,19 @@ class LMU(nn.Module):
             )
         if mask is not None and lengths is not None:
             raise ValueError("mask: expected mask or lengths, found both; leave one out")
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise ValueError(f"mask: expected {tuple(x.shape[:2])} like the first axes of x, found {tuple(mask.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x: expected floating point numbers, found {x.dtype}; use x.float()")
+        if mask is not None:
+            mask = torch.as_tensor(mask, device=x.device)
+            if mask.shape != x.shape[:2]:
+                raise ValueError(f"mask: expected {tuple(x.shape[:2])} like the first axes of x, found {tuple(mask.shape)}")
         if self.time_major:
             x, mask = x.transpose(0, 1), None if mask is None else mask.transpose(0, 1)
         packing = None if mask is None else pack(mask)
         if packing is not None:
             x, lengths = to_front(x, packing), packing.lengths
         elif lengths is not None:
-            if lengths.shape != x.shape[:1]:
-                raise ValueError(f"lengths: expected one per row {tuple(x.shape[:1])}, found {tuple(lengths.shape)}")
+            lengths = check_lengths(lengths, x.shape[0], x.shape[1], x.device)
             x = blank(x, lengths)
 
         output, state = self.run(x, initial_state, lengths, return_sequences=self.return_sequences)
@@ -244,8 +238,10 @@ class LMU(nn.Module):
         x = reverse(x, lengths) if self.go_backwards else x
         output, state = self._run(self.cell, x, start, lengths, return_sequences)
         if self.stateful:
-            # Detached: a gradient never runs past the call that it belongs to.
-            self._state = LMUCell.unflatten_state(tuple(t.detach().clone() for t in LMUCell.flatten_state(state)))
+            # Detached: a gradient never runs past the call that it belongs to. Ordinary tensors, since training may follow
+            # a call under inference_mode.
+            with torch.inference_mode(False):
+                self._state = LMUState.of(tuple(t.detach().clone() for t in state.tensors()))
         return output, state
 
     def _run(

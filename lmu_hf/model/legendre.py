@@ -15,12 +15,13 @@ import math
 import numbers
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 DISCRETIZERS = ("zoh", "euler")
 
@@ -50,8 +51,8 @@ def check_theta(theta: Any, memory_d: int | None = None) -> float | tuple[float,
     Raises:
         ValueError: a value is not a finite positive number, or the sequence has the wrong length.
     """
-    if isinstance(theta, Tensor):
-        theta = theta.detach().cpu().tolist()
+    if isinstance(theta, Tensor | np.ndarray):
+        theta = theta.tolist()
     values = list(theta) if isinstance(theta, Sequence) and not isinstance(theta, str) else [theta]
     for value in values:
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
@@ -76,7 +77,24 @@ def check_discretizer(discretizer: str) -> str:
     return discretizer
 
 
+def _for_good(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Computes real, ordinary tensors whoever calls first: a tracer, an export or an inference_mode block.
+
+    What is cached outlives them, and would otherwise be a fake tensor, or one that can never be trained with.
+    """
+
+    @wraps(function)
+    def wrapper(*args: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return function(*args)
+        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+            return function(*args)
+
+    return wrapper
+
+
 @lru_cache(maxsize=64)
+@_for_good
 def continuous_system(order: int) -> tuple[Tensor, Tensor]:
     """The continuous system, free of theta (Voelker et al. 2019, eq. 2).
 
@@ -95,6 +113,7 @@ def continuous_system(order: int) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=64)
+@_for_good
 def _eigenvalues(order: int) -> Tensor:
     return torch.linalg.eigvals(continuous_system(order)[0])
 
@@ -180,20 +199,29 @@ class DelaySystem:
         theta_inv: 1 / theta per scale, shape (S,), in 1 / time steps.
         order: number of Legendre polynomials N.
         discretizer: "zoh" (Ad, Bd from the matrix exponential) or "euler" (Ad = I + A / theta, Bd = B / theta).
+        shared: the system outlives the call that builds it; see :func:`delay_system`.
 
     Attributes:
         Ad: state matrix (S, N, N), float64, CPU.
         Bd: input vector (S, N), float64, CPU.
     """
 
-    def __init__(self, theta_inv: Tensor, order: int, discretizer: str = "zoh"):
+    def __init__(self, theta_inv: Tensor, order: int, discretizer: str = "zoh", *, shared: bool = False):
         check_discretizer(discretizer)
         self.order = check_order(order)
         self.discretizer = discretizer
         theta_inv = theta_inv.to(device="cpu", dtype=torch.float64).reshape(-1)
         self.Ad, self.Bd = _Discretize.apply(theta_inv, order, discretizer)
         self.scales = len(theta_inv)
+        self._shared = shared
+        self._key: tuple = ()
         self._operators: OrderedDict[tuple, tuple[Tensor, ...]] = OrderedDict()
+
+    def __reduce__(self) -> Any:
+        # A copy or a pickle of a layer refers to the shared system rather than carrying its operators along.
+        if not self._shared:
+            raise TypeError("a delay system with a trained theta belongs to one forward pass and cannot be copied")
+        return delay_system, self._key
 
     def matrices(self, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Ad (S, N, N) and Bd (S, N) in the given dtype on the given device."""
@@ -251,10 +279,11 @@ class DelaySystem:
         if found is not None:
             self._operators.move_to_end(key)
             return found
-        # A fixed system is shared by every layer and outlives an inference_mode block that happens to call it first.
-        fixed = not (self.Ad.requires_grad or self.Ad.is_inference())
-        with torch.inference_mode(False) if fixed else nullcontext():
-            built = tuple(tensor.to(dtype=dtype, device=device).contiguous() for tensor in build())
+
+        def cast() -> tuple[Tensor, ...]:
+            return tuple(tensor.to(dtype=dtype, device=device).contiguous() for tensor in build())
+
+        built = _for_good(cast)() if self._shared else cast()
         self._operators[key] = built
         if len(self._operators) > _MAX_CACHED_OPERATORS:
             self._operators.popitem(last=False)
@@ -262,6 +291,7 @@ class DelaySystem:
 
 
 @lru_cache(maxsize=64)
+@_for_good
 def delay_system(order: int, theta: float | tuple[float, ...], discretizer: str = "zoh") -> DelaySystem:
     """The shared system for a fixed theta; layers with equal arguments get the same object and its cached operators.
 
@@ -271,8 +301,9 @@ def delay_system(order: int, theta: float | tuple[float, ...], discretizer: str 
         discretizer: "zoh" or "euler".
     """
     thetas = theta if isinstance(theta, tuple) else (theta,)
-    with torch.inference_mode(False), torch.no_grad():
-        return DelaySystem(1.0 / torch.tensor(thetas, dtype=torch.float64, device="cpu"), order, discretizer)
+    system = DelaySystem(1.0 / torch.tensor(thetas, dtype=torch.float64, device="cpu"), order, discretizer, shared=True)
+    system._key = (order, theta, discretizer)
+    return system
 
 
 def shifted_legendre(order: int, r: Tensor) -> Tensor:

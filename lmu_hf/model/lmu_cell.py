@@ -1,7 +1,9 @@
 """One step of the Legendre Memory Unit (Voelker, Kajic & Eliasmith 2019): all weights, every argument, no time axis."""
 
+import numbers
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +23,8 @@ from .legendre import (
     smallest_stable_theta,
 )
 from .memory import memory_step
+from .state import Dropout, LMUState
 from .weights import Spec, check_initializer, check_regularizer, initialize_, is_loaded, regularization
-
-
-class LMUState(NamedTuple):
-    """The state of an LMU between two steps.
-
-    Attributes:
-        memory: Legendre coefficients (batch, memory_d, order), float32 or float64.
-        hidden: state tensors (batch, size) of the hidden cell; the first is its output. Empty without a hidden cell.
-    """
-
-    memory: Tensor
-    hidden: tuple[Tensor, ...] = ()
-
-
-class Dropout(NamedTuple):
-    """Inverted dropout masks, constant over a sequence: of the encoder's input (B, enc_d), of m (B, memory_d * order)."""
-
-    encoder: Tensor | None = None
-    recurrent: Tensor | None = None
 
 
 class LMUCell(nn.Module):
@@ -119,11 +103,22 @@ class LMUCell(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.input_size = _check_count("input_size", input_size)
-        self.memory_d = _check_count("memory_d", memory_d)
-        self.order = check_order(order)
+        self.input_size = input_size = _check_count("input_size", input_size)
+        self.memory_d = memory_d = _check_count("memory_d", memory_d)
+        self.order = order = check_order(order)
         self.initial_theta = check_theta(theta, memory_d)
         self.discretizer = check_discretizer(discretizer)
+        flags = {
+            "trainable_theta": trainable_theta,
+            "hidden_to_memory": hidden_to_memory,
+            "memory_to_memory": memory_to_memory,
+            "input_to_hidden": input_to_hidden,
+            "use_bias": use_bias,
+            "allow_unstable": allow_unstable,
+        }
+        for field, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f"{field}: expected True or False, found {flag!r}")
         self.trainable_theta = trainable_theta
         self.hidden_to_memory = hidden_to_memory
         self.memory_to_memory = memory_to_memory
@@ -148,11 +143,12 @@ class LMUCell(nn.Module):
         if self.hidden_cell is None:
             if hidden_to_memory:
                 raise ValueError("hidden_to_memory: expected a hidden cell to feed back, found hidden_cell=None; set one")
-            if hidden_size is not None:
-                raise ValueError(
-                    f"hidden_size: expected None without a hidden cell, found {hidden_size}; set hidden_cell, for example "
-                    "hidden_cell='rnn'"
-                )
+            for field, value in (("hidden_size", hidden_size), ("hidden_act", hidden_act)):
+                if value is not None:
+                    raise ValueError(
+                        f"{field}: expected None without a hidden cell, found {value!r}; set hidden_cell, for example "
+                        "hidden_cell='rnn'"
+                    )
         elif hidden_to_memory and not self.state_sizes:
             raise ValueError(
                 "hidden_to_memory: the hidden cell keeps no state to feed back; give it state_sizes with its output first"
@@ -179,6 +175,8 @@ class LMUCell(nn.Module):
         for field in ("kernel_regularizer", "recurrent_regularizer", "bias_regularizer"):
             check_regularizer(field, getattr(self, field))
 
+        self._warn_of_settings_without_effect()
+
         def weight(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
@@ -189,9 +187,22 @@ class LMUCell(nn.Module):
         theta_dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         shape = (memory_d,) if isinstance(self.initial_theta, tuple) else ()
         self.theta_inv = nn.Parameter(torch.empty(shape, device=device, dtype=theta_dtype)) if trainable_theta else None
-        self._reset_own_parameters()
+        # Looked up once: a compiled forward would otherwise trace the matrix exponential into its graph.
+        self._fixed_system = None if trainable_theta else delay_system(order, self.initial_theta, discretizer)
+        self.reset_own_parameters()
 
-    def _reset_own_parameters(self) -> None:
+    def _warn_of_settings_without_effect(self) -> None:
+        without = {
+            "memory_to_memory=True": [] if self.memory_to_memory else ["recurrent_dropout", "recurrent_regularizer"],
+            "a kernel": [] if self.kernel_initializer is not None else ["kernel_regularizer"],
+        }
+        for needed, names in without.items():
+            for name in names:
+                if getattr(self, name):
+                    warnings.warn(f"{name}={getattr(self, name)!r} has no effect without {needed}", stacklevel=3)
+
+    def reset_own_parameters(self) -> None:
+        """Initialises the weights of the cell itself, those of the hidden cell left as they are."""
         if self.kernel is not None:
             assert self.kernel_initializer is not None
             initialize_("kernel_initializer", self.kernel, self.kernel_initializer, self.encoder_blocks, inputs_first=True)
@@ -206,7 +217,7 @@ class LMUCell(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises all weights anew, those of the hidden cell included."""
-        self._reset_own_parameters()
+        self.reset_own_parameters()
         if self.hidden_cell is not None:
             reset_hidden_cell(self.hidden_cell)
 
@@ -270,8 +281,8 @@ class LMUCell(nn.Module):
 
     def system(self) -> DelaySystem:
         """The delay system of the present theta. Call it once per forward: a trained theta costs a matrix exponential."""
-        if self.theta_inv is None:
-            return delay_system(self.order, self.initial_theta, self.discretizer)
+        if self._fixed_system is not None:
+            return self._fixed_system
         return DelaySystem(self._admissible_theta_inv(), self.order, self.discretizer)
 
     def initial_state(self, x: Tensor) -> LMUState:
@@ -288,23 +299,14 @@ class LMUCell(nn.Module):
         """
         if state is None:
             return self.initial_state(x)
-        tensors = self.flatten_state(state) if isinstance(state, LMUState) else tuple(state)
+        tensors = state.tensors() if isinstance(state, LMUState) else tuple(state)
         batch = x.shape[0]
         expected = [(batch, self.memory_d, self.order), *[(batch, size) for size in self.state_sizes]]
         found = [tuple(tensor.shape) for tensor in tensors]
         if found != expected:
             raise ValueError(f"initial_state: expected the memory and hidden states {expected}, found {found}")
-        return self.unflatten_state(tensors)
-
-    @staticmethod
-    def flatten_state(state: LMUState) -> tuple[Tensor, ...]:
-        """[m, hidden states...], as the reference implementation orders them."""
-        return (state.memory, *state.hidden)
-
-    @staticmethod
-    def unflatten_state(tensors: tuple[Tensor, ...]) -> LMUState:
-        """The inverse of :meth:`flatten_state`."""
-        return LMUState(tensors[0], tuple(tensors[1:]))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return LMUState.of((tensors[0].to(dtype), *(tensor.to(x.dtype) for tensor in tensors[1:])))
 
     def sample_dropout(self, x: Tensor) -> Dropout:
         """Draws the dropout masks of one sequence for inputs ``x`` (B, ...); none outside training."""
@@ -360,12 +362,16 @@ class LMUCell(nn.Module):
         output, hidden = self.hidden_cell(z, state.hidden)
         return output, LMUState(memory, tuple(hidden))
 
-    def forward(self, x: Tensor, state: LMUState | Sequence[Tensor] | None = None) -> tuple[Tensor, LMUState]:
+    def forward(
+        self, x: Tensor, state: LMUState | Sequence[Tensor] | None = None, dropout: Dropout | None = None
+    ) -> tuple[Tensor, LMUState]:
         """One time step.
 
         Args:
             x: inputs (batch, input_size).
             state: the state before the step, zeros when None.
+            dropout: the masks of the sequence that the step belongs to, from :meth:`sample_dropout` before its first step.
+                Drawn anew for this step in training when None.
 
         Returns:
             The output (batch, output_size) and the state after the step.
@@ -375,7 +381,8 @@ class LMUCell(nn.Module):
         """
         if x.ndim != 2 or x.shape[1] != self.input_size:
             raise ValueError(f"x: expected (batch, input_size={self.input_size}), found {tuple(x.shape)}")
-        return self.step(x, self.check_state(state, x), self.system(), self.sample_dropout(x))
+        dropout = self.sample_dropout(x) if dropout is None else dropout
+        return self.step(x, self.check_state(state, x), self.system(), dropout)
 
     def reconstruct(self, memory: Tensor, lags: Tensor | Sequence[float] | None = None) -> Tensor:
         """Reads the remembered window back from the memory (Voelker et al. 2019, eq. 3).
@@ -431,12 +438,12 @@ class LMUCell(nn.Module):
 
 
 def _check_count(field: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{field}: expected a whole number >= 1, found {value!r}")
-    return value
+    return int(value)
 
 
 def _check_rate(field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
         raise ValueError(f"{field}: expected a rate in [0, 1), found {value!r}")
     return float(value)

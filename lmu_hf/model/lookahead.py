@@ -29,9 +29,10 @@ from .gates import GATES, GateWeights, gate_weights
 from .legendre import DelaySystem
 from .memory import fold_rows, fold_state, linear_memory, unfold_state
 from .ragged import blank, last_valid
+from .state import Dropout, LMUState
 
 if TYPE_CHECKING:
-    from .lmu_cell import Dropout, LMUCell, LMUState
+    from .lmu_cell import LMUCell
 
 State = tuple[Tensor, ...]
 
@@ -68,7 +69,7 @@ def lookahead_recurrence(
         u, starts, sequences = _run(cell, x, state.memory, state.hidden, weights, system, dropout)
         memory = _final_memory(u, starts, system, x.shape[1], lengths)
     output, hidden = _finish(sequences, state.hidden, lengths, return_sequence)
-    return output.to(x.dtype), cell.unflatten_state((memory, *hidden))
+    return output.to(x.dtype), LMUState.of((memory, *hidden))
 
 
 def lookahead_input(cell: LMUCell, x: Tensor, memory: Tensor, system: DelaySystem, dropout: Dropout) -> Tensor:

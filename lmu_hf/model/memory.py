@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .legendre import DelaySystem
-from .ragged import blank, last_valid, reverse
+from .ragged import blank, check_lengths, last_valid, reverse
 
 ALGORITHMS = ("naive", "chunked", "fft", "final")
 
@@ -68,8 +68,10 @@ def linear_memory(
     expected = (batch, dims, system.order)
     if initial_state is not None and tuple(initial_state.shape) != expected:
         raise ValueError(f"initial_state: expected (batch, memory_d, order)={expected}, found {tuple(initial_state.shape)}")
-    if lengths is not None and tuple(lengths.shape) != (batch,):
-        raise ValueError(f"lengths: expected one per row ({batch},), found {tuple(lengths.shape)}")
+    if not u.is_floating_point():
+        raise ValueError(f"u: expected floating point numbers, found {u.dtype}; use u.float()")
+    if lengths is not None:
+        lengths = check_lengths(lengths, batch, steps, u.device)
     if algorithm == "auto":
         algorithm = choose_algorithm(batch, steps, dims, system.order, return_sequence)
     if algorithm not in _IMPLEMENTATIONS:

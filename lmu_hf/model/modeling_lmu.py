@@ -13,11 +13,12 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cells import ACTIVATIONS
+from .cells import ACTIVATIONS, reset_hidden_cell
 from .configuration_lmu import LMUConfig
 from .layer import LMU
 from .lmu_cell import LMUCell
-from .ragged import Packing, blank, last_valid, pack, to_front, to_place
+from .ragged import Packing, blank, last_valid, pack, reverse, to_front, to_place
+from .weights import is_loaded
 
 
 @dataclass
@@ -97,6 +98,9 @@ class LMUBlock(GradientCheckpointingLayer):
         )
         if not return_sequences:
             output = output[:, None]
+        elif self.lmu.go_backwards:
+            # Back in time order, so that the next layer runs from the end too.
+            output = reverse(output, lengths)
         if self.residual:
             residual = x if return_sequences else last_valid(x, lengths)[:, None]
             output = residual + self.dropout(self.out_proj(output))
@@ -130,8 +134,13 @@ class LMUPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, LMUCell):
-            # Reaches the hidden cell too, one of the user's own included. Weights that were loaded are left alone.
-            module.reset_parameters()
+            module.reset_own_parameters()
+        elif getattr(module, "is_hidden_cell", False):
+            # A cell of the user's may write its weights in a way that transformers' guard of loaded ones does not see.
+            loaded = [(parameter, parameter.clone()) for parameter in module.parameters() if is_loaded(parameter)]
+            reset_hidden_cell(module)
+            for parameter, value in loaded:
+                parameter.copy_(value)
 
     def set_algorithm(self, name: str) -> None:
         """Chooses the memory algorithm of every layer: "auto", "naive", "chunked", "fft" or "final". Not saved.
@@ -204,6 +213,8 @@ class LMUModel(LMUPreTrainedModel):
         Raises:
             ValueError: not exactly one input was given, or a shape is wrong.
         """
+        if not return_sequences and self.config.pooling != "last":
+            raise ValueError(f"return_sequences: {self.config.pooling!r} pooling needs every step; leave out False")
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)
         packing = self._pack(attention_mask, hidden_states)
         if packing is not None:
@@ -225,8 +236,8 @@ class LMUModel(LMUPreTrainedModel):
         if len(named) != 1 or named[0] not in (own, "inputs_embeds"):
             raise ValueError(f"{own}: expected {own} or inputs_embeds, found {named or 'no input'}")
         if input_ids is not None:
-            if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-                raise ValueError(f"input_ids: expected (batch, time >= 1), found {tuple(input_ids.shape)}")
+            if input_ids.ndim != 2 or 0 in input_ids.shape:
+                raise ValueError(f"input_ids: expected (batch >= 1, time >= 1), found {tuple(input_ids.shape)}")
             assert self.embed_tokens is not None
             return self.embed_tokens(input_ids)
         values = input_values if input_values is not None else inputs_embeds
@@ -234,8 +245,8 @@ class LMUModel(LMUPreTrainedModel):
         size = self.config.input_size
         if values.ndim == 2 and size == 1:
             values = values[..., None]
-        if values.ndim != 3 or values.shape[-1] != size or values.shape[1] == 0:
-            raise ValueError(f"{named[0]}: expected (batch, time >= 1, input_size={size}), found {tuple(values.shape)}")
+        if values.ndim != 3 or values.shape[-1] != size or 0 in values.shape:
+            raise ValueError(f"{named[0]}: expected (batch >= 1, time >= 1, input_size={size}), found {tuple(values.shape)}")
         return values.to(self.dtype)
 
     def _pack(self, attention_mask: Tensor | None, hidden_states: Tensor) -> Packing | None:
@@ -257,12 +268,15 @@ class LMUModel(LMUPreTrainedModel):
         if self.config.pooling == "mean":
             if lengths is None:
                 return hidden_states.mean(1)
-            return blank(hidden_states, lengths).sum(1) / lengths.clamp(min=1)[:, None]
+            total = blank(hidden_states, lengths).sum(1, dtype=torch.float32 if self.dtype.itemsize < 4 else self.dtype)
+            return (total / lengths.clamp(min=1)[:, None]).to(hidden_states.dtype)
         if self.config.pooling == "max":
             if packing is None or lengths is None:
                 return hidden_states.amax(1)
             hidden_states = hidden_states.masked_fill(blank(torch.ones_like(hidden_states), lengths) == 0, -torch.inf)
             return hidden_states.amax(1).masked_fill((lengths == 0)[:, None], 0)
+        if self.config.go_backwards:
+            return hidden_states[:, 0]
         last = last_valid(hidden_states, lengths)
         if not self.config.bidirectional:
             return last
@@ -327,7 +341,7 @@ class LMUForSequenceClassification(LMUPreTrainedModel):
     def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any) -> Tensor:
         problem = self.config.problem_type
         if problem is None:
-            whole = labels.dtype in (torch.long, torch.int)
+            whole = not labels.is_floating_point()
             problem = (
                 "regression"
                 if self.num_labels == 1
@@ -336,6 +350,7 @@ class LMUForSequenceClassification(LMUPreTrainedModel):
                 else "multi_label_classification"
             )
         if problem == "single_label_classification":
+            labels = labels.to(torch.int64)
             loss = self.loss_function(
                 labels=labels,
                 pooled_logits=logits,
@@ -347,7 +362,9 @@ class LMUForSequenceClassification(LMUPreTrainedModel):
             # transformers' own losses for these two ignore num_items_in_batch, so that four accumulation steps would count
             # four times.
             elementwise = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
-            targets = labels.to(device=logits.device, dtype=logits.dtype).reshape(logits.shape)
+            if labels.shape != logits.shape and (logits.shape[1] != 1 or labels.shape != logits.shape[:1]):
+                raise ValueError(f"labels: expected {tuple(logits.shape)} for {problem}, found {tuple(labels.shape)}")
+            targets = labels.to(device=logits.device, dtype=logits.dtype).view(logits.shape)
             if num_items_in_batch is None:
                 loss = elementwise(logits, targets)
             else:

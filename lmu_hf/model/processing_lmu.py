@@ -56,6 +56,10 @@ class LMUImageProcessor(BaseImageProcessor):
                 f"permutation: expected every number of 0 .. {pixels - 1} once, found {len(permutation)} entries with "
                 f"{len(set(permutation))} different values"
             )
+        channels = 1 if image_mode == "L" else 3
+        _check_scale("image_mean", image_mean, channels)
+        _check_scale("image_std", image_std, channels, positive=True)
+        _check_scale("rescale_factor", rescale_factor, 1, positive=True)
         self.size, self.do_resize, self.image_mode = size, do_resize, image_mode
         self.rescale_factor, self.image_mean, self.image_std = rescale_factor, image_mean, image_std
         self.permutation = None if permutation is None else [int(i) for i in permutation]
@@ -107,12 +111,12 @@ class LMUImageProcessor(BaseImageProcessor):
                 array = array[..., 0]
             if array.ndim not in (2, 3) or array.size == 0:
                 raise ValueError(f"images: expected (height, width) or (height, width, 3), found {array.shape}")
-            if not np.isfinite(array).all() or array.min() < 0 or array.max() > 255:
+            if array.dtype.kind not in "uif" or not np.isfinite(array).all() or array.min() < 0 or array.max() > 255:
                 raise ValueError("images: expected pixel values within 0..255, found NaN or values outside")
-            if array.dtype != np.uint8 and array.max() <= 1.0 and not np.array_equal(array, np.round(array)):
-                raise ValueError("images: expected pixel values 0..255, found fractions up to 1; multiply by 255")
+            if not np.array_equal(array, np.round(array)):
+                raise ValueError("images: expected whole pixel values 0..255, found fractions; multiply by 255 and round")
             image = Image.fromarray(array.astype(np.uint8))
-        image = image.convert(self.image_mode)
+        image = _eight_bit(image).convert(self.image_mode)
         expected = (self.size["width"], self.size["height"])
         if image.size != expected:
             if not self.do_resize:
@@ -152,11 +156,12 @@ class LMUFeatureExtractor(SequenceFeatureExtractor):
         **kwargs: Any,
     ):
         super().__init__(feature_size, sampling_rate, padding_value, padding_side=padding_side, **kwargs)
-        for name, value in (("mean", mean), ("std", std)):
-            if np.ndim(value) > 1 or np.size(value) not in (1, feature_size) or not np.isfinite(value).all():
-                raise ValueError(f"{name}: expected one number or one per channel ({feature_size}), found {value!r}")
-        if np.min(std) <= 0:
-            raise ValueError(f"std: expected positive numbers, found {std!r}; a constant channel can have std 1")
+        if isinstance(feature_size, bool) or not isinstance(feature_size, int) or feature_size < 1:
+            raise ValueError(f"feature_size: expected a whole number of channels >= 1, found {feature_size!r}")
+        if isinstance(sampling_rate, bool) or not isinstance(sampling_rate, int) or sampling_rate < 1:
+            raise ValueError(f"sampling_rate: expected a whole number of samples per second >= 1, found {sampling_rate!r}")
+        _check_scale("mean", mean, feature_size)
+        _check_scale("std", std, feature_size, positive=True)
         self.mean, self.std = _plain(mean), _plain(std)
 
     @classmethod
@@ -205,6 +210,7 @@ class LMUFeatureExtractor(SequenceFeatureExtractor):
         truncation: bool = False,
         return_tensors: str | None = None,
         return_attention_mask: bool | None = None,
+        pad_to_multiple_of: int | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Turns signals into a padded batch.
@@ -218,6 +224,7 @@ class LMUFeatureExtractor(SequenceFeatureExtractor):
             truncation: cut signals longer than ``max_length``.
             return_tensors: "pt", "np" or None.
             return_attention_mask: also return the mask; the default.
+            pad_to_multiple_of: pad to a length that is a multiple of this.
 
         Returns:
             ``input_values`` (batch, time, channels), float32, and ``attention_mask`` (batch, time).
@@ -225,6 +232,8 @@ class LMUFeatureExtractor(SequenceFeatureExtractor):
         Raises:
             ValueError: a signal has the wrong shape or is not finite, or the sampling rate differs.
         """
+        if kwargs := {key: value for key, value in kwargs.items() if value is not None}:
+            raise ValueError(f"signal: unknown arguments {sorted(kwargs)}; settings belong into the constructor")
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise ValueError(
                 f"sampling_rate: expected {self.sampling_rate} samples per second, found {sampling_rate}; resample the signal"
@@ -238,6 +247,7 @@ class LMUFeatureExtractor(SequenceFeatureExtractor):
             padding=padding,
             max_length=max_length,
             truncation=truncation,
+            pad_to_multiple_of=pad_to_multiple_of,
             return_attention_mask=True if return_attention_mask is None else return_attention_mask,
         )
         values = [np.asarray(value, dtype=np.float32).reshape(-1, self.feature_size) for value in padded["input_values"]]
@@ -255,7 +265,7 @@ def _as_batch(signals: Any, channels: int) -> list[Any]:
     # A list of numbers is a signal, as is a list of steps that are lists of exactly `channels` numbers.
     if np.ndim(first) == 0:
         return [signals]
-    if np.ndim(first) == 1 and isinstance(first, list | tuple) and channels > 1 and len(first) == channels:
+    if isinstance(first, list | tuple) and np.ndim(first) == 1 and len(first) == channels:
         return [signals]
     return list(signals)
 
@@ -263,6 +273,39 @@ def _as_batch(signals: Any, channels: int) -> list[Any]:
 def _standardize(values: np.ndarray, mean: float | Sequence[float], std: float | Sequence[float]) -> np.ndarray:
     """(values - mean) / std in float32; mean and std are numbers or one per channel, the last axis."""
     return (values - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
+
+
+def _check_scale(field: str, value: Any, channels: int, positive: bool = False) -> None:
+    numbers = np.asarray(value)
+    if (
+        numbers.dtype.kind not in "uif"
+        or numbers.ndim > 1
+        or numbers.size not in (1, channels)
+        or not np.isfinite(numbers).all()
+    ):
+        raise ValueError(f"{field}: expected one number or one per channel ({channels}), found {value!r}")
+    if positive and numbers.min() <= 0:
+        raise ValueError(f"{field}: expected positive numbers, found {value!r}; a constant channel can have 1")
+
+
+def _eight_bit(image: Any) -> Any:
+    """The image with 8 bits per channel and no transparency.
+
+    Raises:
+        ValueError: it is transparent somewhere, or its values have no known range.
+    """
+    if image.mode.startswith("I;16"):
+        from PIL import Image
+
+        # convert() would cut everything above 255.
+        return Image.fromarray(np.round(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+            raise ValueError("images: found transparent pixels, whose colour is undefined; put the image on a background")
+        return image.convert("RGB")
+    if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB"):
+        raise ValueError(f"images: expected 8 or 16 bits per channel, found mode {image.mode!r}; convert the image")
+    return image
 
 
 def _plain(value: float | Sequence[float]) -> float | list[float]:

@@ -4,7 +4,7 @@ With the padding behind the last valid step nothing that runs forward in time ca
 length", makes every algorithm exact for padding on the left, on the right and in between.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,22 @@ def pack(mask: Tensor) -> Packing:
     valid = mask.to(torch.bool)
     order = torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)
     return Packing(valid.sum(1), order, torch.argsort(order, dim=1), valid)
+
+
+def check_lengths(lengths: Any, batch: int, steps: int, device: torch.device) -> Tensor:
+    """Returns ``lengths`` as an int64 tensor (batch,) on ``device``.
+
+    Raises:
+        ValueError: there is not one whole number within 0 .. steps per row.
+    """
+    checked = torch.as_tensor(lengths, device=device)
+    if checked.shape != (batch,) or checked.is_floating_point() or checked.is_complex() or checked.dtype == torch.bool:
+        raise ValueError(
+            f"lengths: expected one whole number per row ({batch},), found shape {tuple(checked.shape)} of {checked.dtype}"
+        )
+    if not torch.compiler.is_compiling() and batch and not bool(((checked >= 0) & (checked <= steps)).all()):
+        raise ValueError(f"lengths: expected values within 0..{steps}, the number of steps, found {checked.tolist()}")
+    return checked.to(torch.int64)
 
 
 def to_front(x: Tensor, packing: Packing) -> Tensor:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .state import Dropout, LMUState
+
 if TYPE_CHECKING:
     from .legendre import DelaySystem
-    from .lmu_cell import Dropout, LMUCell, LMUState
+    from .lmu_cell import LMUCell
 
 State = tuple[Tensor, ...]
 
@@ -47,11 +49,11 @@ def naive_recurrence(
     """
 
     def step(t: int, flat: State) -> tuple[Tensor, State]:
-        output, new_state = cell.step(x[:, t], cell.unflatten_state(flat), system, dropout)
-        return output, cell.flatten_state(new_state)
+        output, new_state = cell.step(x[:, t], LMUState.of(flat), system, dropout)
+        return output, new_state.tensors()
 
-    output, flat = _loop(step, x.shape[1], cell.flatten_state(state), lengths, return_sequence)
-    return output, cell.unflatten_state(flat)
+    output, flat = _loop(step, x.shape[1], state.tensors(), lengths, return_sequence)
+    return output, LMUState.of(flat)
 
 
 def naive_scan(

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lmu_hf.model.layer import LMU, BidirectionalState
-from lmu_hf.model.lmu_cell import LMUCell, LMUState
+from lmu_hf.model.layer import LMU
+from lmu_hf.model.lmu_cell import LMUCell
+from lmu_hf.model.state import BidirectionalState, LMUState
 
 F64 = torch.float64
 # Name -> arguments; between them every path: parallel, coupled, last state only, every cell, kernel or none, scales.
@@ -105,7 +106,7 @@ def test_padding_is_exact(name, initial, return_sequences, direction):
         states = []
         for cell in cells:
             sizes = [(6, cell.memory_d, cell.order), *[(6, size) for size in cell.state_sizes]]
-            states.append(cell.unflatten_state(tuple(torch.randn(size, dtype=F64)[rows] for size in sizes)))
+            states.append(LMUState.of(tuple(torch.randn(size, dtype=F64)[rows] for size in sizes)))
         return BidirectionalState(*states) if layer.bidirectional else states[0]
 
     output, state = layer(poisoned, start(slice(None)) if initial else None, mask=MASK)
@@ -422,7 +423,7 @@ def test_unstable_euler_on_request():
         (lambda layer: layer(torch.zeros(2, 0, 3)), "at least one row and one time step"),
         (lambda layer: layer(torch.zeros(2, 5, 1, 3)), "x: expected"),
         (lambda layer: layer(torch.zeros(2, 5, 3), mask=torch.ones(2, 4)), "mask: expected .2, 5."),
-        (lambda layer: layer(torch.zeros(2, 5, 3), lengths=torch.ones(3)), "lengths: expected one per row"),
+        (lambda layer: layer(torch.zeros(2, 5, 3), lengths=torch.ones(3)), "lengths: expected one whole number per row"),
         (lambda layer: layer(torch.zeros(2, 5, 3), mask=torch.ones(2, 5), lengths=torch.ones(2)), "found both"),
         (lambda layer: layer(torch.zeros(2, 5, 3), [torch.zeros(2, 8)]), "initial_state: expected"),
         (lambda layer: layer.cell(torch.zeros(2, 5, 3)), "x: expected .batch, input_size=3"),

@@ -58,10 +58,10 @@ def everything(layer, x, lengths):
     """Output, states, and the gradients of x, of the initial state and of all weights."""
     torch.manual_seed(1)
     x = x.clone().requires_grad_()
-    zeros = layer.cell.flatten_state(layer.cell.initial_state(x))
+    zeros = layer.cell.initial_state(x).tensors()
     start = tuple(torch.randn_like(part).requires_grad_() for part in zeros)
     output, state = layer(x, start, lengths=lengths)
-    results = [output, *layer.cell.flatten_state(state)]
+    results = [output, *state.tensors()]
     loss = sum((result * torch.randn(result.shape, dtype=F64)).sum() for result in results)
     # A state that a path does not depend on has no gradient there and a zero one elsewhere.
     inputs = [x, *start, *layer.parameters()]

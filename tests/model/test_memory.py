@@ -145,7 +145,7 @@ def test_order_256_in_float32():
         ({"u": torch.zeros(2, 0, 1)}, "u: expected .batch, time >= 1"),
         ({"u": torch.zeros(2, 5)}, "u: expected"),
         ({"initial_state": torch.zeros(2, 4)}, "initial_state: expected"),
-        ({"lengths": torch.zeros(3)}, "lengths: expected one per row"),
+        ({"lengths": torch.zeros(3)}, "lengths: expected one whole number per row"),
         ({"system": delay_system(4, (2.0, 3.0))}, "expected 1 or memory_d=1 values of theta"),
     ],
 )

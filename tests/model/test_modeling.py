@@ -225,7 +225,7 @@ def test_trainer_trains(tmp_path):
     model = build("signal", num_labels=2)
     rows = [{"input_values": torch.randn(12, 2) + label, "labels": label} for label in [0, 1] * 16]
     arguments = TrainingArguments(
-        str(tmp_path), num_train_epochs=6, learning_rate=0.02, report_to="none", disable_tqdm=True, use_cpu=True
+        str(tmp_path), num_train_epochs=12, learning_rate=0.02, report_to="none", disable_tqdm=True, use_cpu=True
     )
     trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
     before = trainer.evaluate()["eval_loss"]
