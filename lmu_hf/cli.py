@@ -58,6 +58,7 @@ def _prepare(
 ) -> None:
     # The libraries' bars for reading a few hundred kilobytes hide the one bar that matters.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs a second line for what it raises
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -95,7 +96,9 @@ def train(
 
     from . import training
 
-    output_dir = Path(output) if output else training.free_output_dir(experiment.name)
+    if output is not None and not output.strip():
+        raise InputError("output: expected a folder, found an empty text")
+    output_dir = Path(output) if output is not None else training.free_output_dir(experiment.name)
     typer.echo(f"{experiment.name}: training into {output_dir}")
     result = training.train(experiment, output_dir, data, progress=sys.stderr.isatty() if progress is None else progress)
     _print_result(result, output_dir)
@@ -106,7 +109,7 @@ def train(
 def evaluate(
     model_dir: ModelDir,
     data: Data = None,
-    part: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    part: Annotated[str, typer.Option(help="train, validation, test, or all for every row of the data.")] = "test",
     as_json: AsJson = False,
 ) -> None:
     """Score a trained model on a part of its task."""
@@ -155,6 +158,13 @@ def predict(
     from rich.table import Table
 
     table = Table()
+    if "values" in results[0]:
+        for heading in ("file", *results[0]["values"]):
+            table.add_column(heading, justify="left" if heading == "file" else "right")
+        for result in results:
+            table.add_row(result["file"], *(f"{value:.6g}" for value in result["values"].values()))
+        _console().print(table)
+        return
     for heading in ("file", "prediction", "probability", "then"):
         table.add_column(heading, justify="right" if heading == "probability" else "left")
     for result in results:

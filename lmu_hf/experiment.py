@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
+import re
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,32 @@ from typing import Any
 from .errors import InputError
 
 # Set by the run itself; in a file they would contradict the command line.
-_RESERVED = ("output_dir", "seed", "data_seed", "do_train", "do_eval", "do_predict", "hub_token", "push_to_hub_token")
+_RESERVED = (
+    "output_dir",
+    "seed",
+    "data_seed",
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "resume_from_checkpoint",
+    "hub_token",
+    "push_to_hub_token",
+)
+
+# Numbers of TrainingArguments that it does not check itself: whole or not, smallest allowed value.
+_NUMBERS = {
+    "num_train_epochs": (False, 1e-9),
+    "per_device_train_batch_size": (True, 1),
+    "per_device_eval_batch_size": (True, 1),
+    "gradient_accumulation_steps": (True, 1),
+    "learning_rate": (False, 0),
+    "weight_decay": (False, 0),
+    "warmup_steps": (False, 0),
+    "max_grad_norm": (False, 0),
+    "label_smoothing_factor": (False, 0),
+    "dataloader_num_workers": (True, 0),
+}
+_METRICS = ("accuracy", "loss", "eval_accuracy", "eval_loss")
 
 
 @dataclass
@@ -68,9 +96,12 @@ class Experiment:
                 raise InputError(f"{section}: expected a mapping, found {content[section]!r}")
         if not isinstance(content.get("task", {}).get("name"), str):
             raise InputError("task.name: expected the name of a task, found none")
-        if isinstance(content.get("seed", 0), bool) or not isinstance(content.get("seed", 0), int):
-            raise InputError(f"seed: expected a whole number, found {content['seed']!r}")
         experiment = cls(**{"name": content["task"]["name"], **content})
+        name, seed = experiment.name, experiment.seed
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+            raise InputError(f"name: expected letters, digits, '-', '_' and '.', found {name!r}; it names a folder")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise InputError(f"seed: expected a whole number within 0..{2**32 - 1}, found {seed!r}")
         experiment._check_sections()
         return experiment
 
@@ -89,14 +120,25 @@ class Experiment:
         for name, value in self.training.items():
             # YAML reads 1e-3 as a word: its numbers want a dot.
             if isinstance(value, str):
-                try:
+                with suppress(ValueError):
                     self.training[name] = float(value)
-                except ValueError:
-                    continue
+        _check_training(self.training)
 
     def to_dict(self) -> dict[str, Any]:
         """The experiment as plain data, for the record."""
         return {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self)}
+
+
+def _check_training(settings: dict[str, Any]) -> None:
+    for name, (whole, smallest) in _NUMBERS.items():
+        value = settings.get(name, smallest)
+        kind = int if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kind) or not smallest <= value < math.inf:
+            bound = "> 0" if 0 < smallest < 1 else f">= {smallest}"
+            raise InputError(f"training.{name}: expected a {'whole ' if whole else ''}number {bound}, found {value!r}")
+    metric = settings.get("metric_for_best_model", "accuracy")
+    if metric not in _METRICS:
+        raise InputError(f"training.metric_for_best_model: expected one of {list(_METRICS)}, found {metric!r}")
 
 
 def _keys() -> list[str]:

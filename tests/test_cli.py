@@ -1,6 +1,7 @@
 """The command line as a person meets it: one real run from start to end, and one line for everything that is wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -87,6 +88,11 @@ def test_predict_images(trained, digit_files):
     finished = run("predict", folder, *files, "--json")
     predictions = [max(row["probabilities"], key=row["probabilities"].get) for row in json.loads(finished.stdout)]
     assert sum(int(p) == label for p, label in zip(predictions, labels, strict=True)) >= 9
+    # Sixteen bits per pixel are scaled, not cut.
+    deep = np.asarray(Image.open(files[0])).astype(np.uint16) * 257
+    Image.fromarray(deep).save(files[0].with_name("deep.png"))
+    both = json.loads(run("predict", folder, files[0], files[0].with_name("deep.png"), "--json").stdout)
+    assert both[0]["probabilities"] == both[1]["probabilities"]
     table = run("predict", folder, files[0]).stdout
     assert "probability" in table
     assert predictions[0] in table
@@ -112,6 +118,18 @@ def test_signals_from_training_to_prediction(tmp_path):
     assert finished.exit_code == 0, finished.output
     assert json.loads((tmp_path / "out" / "result.json").read_text())["scores"]["test"]["accuracy"] == 1.0
 
+    # The data is scaled as the model learned it, not anew: shifted signals must not look the same.
+    everything = json.loads(
+        run("evaluate", tmp_path / "out", "--data", tmp_path / "data.jsonl", "--part", "all", "--json").stdout
+    )
+    assert (everything["rows"], everything["accuracy"]) == (120, 1.0)
+    moved = [{**row, "signal": (np.array(row["signal"]) + 5).tolist()} for row in rows]
+    (tmp_path / "moved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in moved))
+    shifted = json.loads(
+        run("evaluate", tmp_path / "out", "--data", tmp_path / "moved.jsonl", "--part", "all", "--json").stdout
+    )
+    assert shifted["loss"] > everything["loss"] + 0.1
+
     fast = np.array(rows[1]["signal"])
     np.savetxt(tmp_path / "fast.csv", fast, delimiter=",", header="left,right", comments="")
     np.save(tmp_path / "slow.npy", np.array(rows[0]["signal"]))
@@ -120,9 +138,16 @@ def test_signals_from_training_to_prediction(tmp_path):
     assert labels == ["fast", "slow"]
 
     np.savetxt(tmp_path / "narrow.csv", fast[:, :1], delimiter=",")
+    (tmp_path / "bom.csv").write_text("\ufeff" + "\n".join(f"{a},{b}" for a, b in fast))
+    same = json.loads(run("predict", tmp_path / "out", tmp_path / "fast.csv", tmp_path / "bom.csv", "--json").stdout)
+    assert same[0]["probabilities"] == pytest.approx(same[1]["probabilities"], abs=1e-6)
     fast[4, 1] = np.nan
     np.savetxt(tmp_path / "nan.csv", fast, delimiter=",")
     (tmp_path / "words.csv").write_text("1.0,2.0\nthree,four\n")
+    (tmp_path / "typo.csv").write_text("O.5,1\n1.0,2.0\n")
+    (tmp_path / "comment.csv").write_text("1.0,2.0\n#1.0,2.0\n")
+    np.save(tmp_path / "complex.npy", fast + 1j)
+    (tmp_path / "nothing.npy").write_bytes(b"")
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "picture.png").write_bytes(b"")
     for name, message in [
@@ -130,6 +155,10 @@ def test_signals_from_training_to_prediction(tmp_path):
         ("nan.csv", "at step 4"),
         ("words.csv", "could not convert string 'three'"),
         ("empty.csv", "empty file"),
+        ("typo.csv", "could not convert string 'O.5'"),
+        ("comment.csv", "could not convert string '#1.0'"),
+        ("complex.npy", "found an array of complex128"),
+        ("nothing.npy", "nothing.npy"),
         ("picture.png", "this model takes signals (.csv, .npy)"),
         ("missing.csv", "no file"),
     ]:
@@ -151,6 +180,18 @@ def test_signals_from_training_to_prediction(tmp_path):
         (["train", "training.lr_scheduler_type=magic"], "training: magic is not a valid SchedulerType"),
         (["train", "task.name=imagenet"], "task: expected one of"),
         (["train", "--data", "somewhere"], "leave out --data"),
+        (["train", "--data", ""], "found an empty text"),
+        (["train", "--output", ""], "found an empty text"),
+        (["train", "--output", "/proc/nowhere"], "cannot be used as a folder"),
+        (["train", "--seed", "-1"], "seed: expected a whole number within"),
+        (["train", "task.permute=maybe"], "task.permute: expected true or false"),
+        (["train", "name=.."], "name: expected letters"),
+        (["train", "training.num_train_epochs=0"], "training.num_train_epochs: expected a number > 0, found 0"),
+        (["train", "training.learning_rate=abc"], "training.learning_rate: expected a number >= 0"),
+        (["train", "training.per_device_train_batch_size=2.5"], "expected a whole number >= 1, found 2.5"),
+        (["train", "training.metric_for_best_model=foo"], "metric_for_best_model: expected one of"),
+        (["train", "training.report_to=wandb"], "training: "),
+        (["train", "training.resume_from_checkpoint=x"], "set by the run"),
         (["evaluate", "nowhere/at/all"], "model: nowhere/at/all could not be loaded"),
         (["evaluate", "."], "holds no config.json"),
         (["predict", ".", "a.png"], "holds no config.json"),
@@ -178,15 +219,51 @@ def test_a_model_is_never_overwritten(trained):
 def test_images_that_do_not_fit(trained, tmp_path):
     folder, _ = trained
     Image.fromarray(np.zeros((9, 8), dtype=np.uint8)).save(tmp_path / "tall.png")
+    Image.fromarray(np.zeros((8, 8, 4), dtype=np.uint8)).save(tmp_path / "clear.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
     for name, message in [
         ("tall.png", "expected 8 x 8 pixels, found 8 x 9"),
+        ("clear.png", "transparent pixels"),
         ("broken.png", "broken.png"),
         ("table.csv", "no file"),
     ]:
         finished = run("predict", folder, tmp_path / name)
         assert finished.exit_code == 2
         assert message in finished.stderr
+
+
+def test_damaged_models_are_named(trained, tmp_path):
+    folder, _ = trained
+    config = json.loads((folder / "config.json").read_text())
+    cases = {
+        "other_cell": ("config.json", json.dumps({**config, "hidden_cell": "rnn"}), "missing keys"),
+        "wrong_type": ("config.json", json.dumps({**config, "order": "many"}), "could not be loaded"),
+        "no_config": ("config.json", "[]", "could not be loaded"),
+        "result": ("result.json", "{}", "is damaged"),
+        "result_text": ("result.json", "nothing", "is damaged"),
+        "processor": ("preprocessor_config.json", "{}", "expected 28 x 28 pixels"),
+    }
+    for name, (file, text, message) in cases.items():
+        copy = tmp_path / name
+        shutil.copytree(folder, copy)
+        (copy / file).write_text(text)
+        finished = run("evaluate", copy)
+        assert finished.exit_code == 2, (name, finished.output, finished.exception)
+        assert message in finished.stderr, name
+        assert len(finished.stderr.strip().splitlines()) == 1, name
+
+
+def test_penalties_do_not_change_the_reported_loss(tmp_path):
+    settings = ["model.kernel_regularizer=l2", "training.label_smoothing_factor=0.1"]
+    finished = run("train", *QUICK, *settings, "--output", tmp_path / "out", "--no-progress")
+    assert finished.exit_code == 0, finished.output
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["reloaded"]["same"]
+
+
+def test_a_failed_run_leaves_the_folder_free(tmp_path):
+    refused = run("train", "training.lr_scheduler_type=magic", "--output", tmp_path / "a" / "b")
+    assert refused.exit_code == 2
+    assert not (tmp_path / "a").exists()
 
 
 def test_same_seed_same_model(tmp_path):

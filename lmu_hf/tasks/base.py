@@ -89,6 +89,12 @@ def process(name: str, rows: Iterable[Any], convert: Callable[[Any], np.ndarray]
     return converted
 
 
+def check_processor(processor: Any, kind: type) -> None:
+    """Raises InputError if the processor of a model is not one for this kind of data."""
+    if not isinstance(processor, kind):
+        raise InputError(f"model: this task needs a {kind.__name__}, the model comes with a {type(processor).__name__}")
+
+
 def check_labels(name: str, labels: Iterable[Any], count: int) -> list[int]:
     """Returns the labels as whole numbers; raises InputError at the first outside 0 .. count-1."""
     checked = []
@@ -125,7 +131,7 @@ def load_tables(data: str, task: str, extensions: Sequence[str] = (".parquet",))
         try:
             return dict(load_dataset(data))
         except Exception as error:  # the Hub client raises many kinds; each means that there is no data
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = _first_line(error)
             raise InputError(
                 f"data: {data} is no local file or folder and could not be loaded from the Hub ({reason}); give a local copy "
                 f"with --data"
@@ -141,10 +147,12 @@ def load_tables(data: str, task: str, extensions: Sequence[str] = (".parquet",))
         parts.setdefault(part, []).append(str(file))
     kind = {".parquet": "parquet", ".csv": "csv"}.get(files[0].suffix, "json")
     try:
-        return dict(load_dataset(kind, data_files=parts))
+        tables = dict(load_dataset(kind, data_files=parts))
     except Exception as error:  # the readers raise many kinds; each means that the file is not what it says
-        cause = error.__cause__ or error
-        raise InputError(f"data: {data} could not be read as {kind}: {str(cause).strip().splitlines()[0]}") from error
+        raise InputError(f"data: {data} could not be read as {kind}: {_first_line(error.__cause__ or error)}") from error
+    if empty := [part for part, table in tables.items() if len(table) == 0]:
+        raise InputError(f"data: expected at least one row, found none in the {empty[0]} part of {data}")
+    return tables
 
 
 def column(table: Dataset, part: str, name: str, wanted: str) -> Any:
@@ -158,6 +166,10 @@ def column(table: Dataset, part: str, name: str, wanted: str) -> Any:
             f"{part}: no column {name!r} for the {wanted}, found {table.column_names}; name it with task.{wanted}_column=..."
         )
     return table[name]
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _is_hub_id(data: str) -> bool:

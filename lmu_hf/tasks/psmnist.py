@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..model.processing_lmu import LMUImageProcessor
-from .base import Part, TaskData, check_labels, column, load_tables, process
+from .base import Part, TaskData, check_labels, check_processor, column, load_tables, process
 
 OPTIONS = ("permutation", "image_mean", "image_std", "image_column", "label_column")
 CLASSES = 10
@@ -38,6 +38,7 @@ def pixel_order(name: str) -> list[int] | None:
 
 def load(
     data: str | None = None,
+    processor: Any = None,
     permutation: str = "keras-lmu",
     image_mean: float = 0.0,
     image_std: float = 1.0,
@@ -49,6 +50,7 @@ def load(
     Args:
         data: folder with train*.parquet and test*.parquet (columns of images and labels), or an id on the Hub; None for
             ``ylecun/mnist``.
+        processor: that of a trained model; made here when None.
         permutation: "keras-lmu", "voelker2019" or "none".
         image_mean: subtracted from the pixels in [0, 1].
         image_std: divided by after that.
@@ -59,7 +61,12 @@ def load(
     if missing := {"train", "test"} - set(tables):
         raise InputError(f"data: expected train*.parquet and test*.parquet, found no {sorted(missing)[0]} part in {data}")
     order = pixel_order(permutation)
-    processor = LMUImageProcessor(permutation=order, image_mean=image_mean, image_std=image_std)
+    if processor is None:
+        try:
+            processor = LMUImageProcessor(permutation=order, image_mean=image_mean, image_std=image_std)
+        except ValueError as error:
+            raise InputError(f"task.{error}") from error
+    check_processor(processor, LMUImageProcessor)
     arrays: dict[str, tuple[Any, list[int]]] = {}
     for part in ("train", "test"):
         images = column(tables[part], part, image_column, "image")

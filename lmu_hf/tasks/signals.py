@@ -6,13 +6,14 @@ import numpy as np
 
 from ..errors import InputError
 from ..model.processing_lmu import LMUFeatureExtractor
-from .base import PARTS, Part, TaskData, check_labels, column, load_tables, process
+from .base import PARTS, Part, TaskData, check_labels, check_processor, column, load_tables, process
 
 OPTIONS = ("signal_column", "label_column", "split_seed", "sampling_rate")
 
 
 def load(
     data: str | None = None,
+    processor: Any = None,
     signal_column: str = "signal",
     label_column: str = "label",
     split_seed: int = 0,
@@ -26,11 +27,14 @@ def load(
 
     Args:
         data: a .parquet or .jsonl file, a folder of train*, validation*, test* files, or an id on the Hub.
+        processor: that of a trained model; fitted to the training part when None.
         signal_column: name of the column of signals.
         label_column: name of the column of labels.
         split_seed: seed of a split.
         sampling_rate: samples per second, stored with the model.
     """
+    if isinstance(split_seed, bool) or not isinstance(split_seed, int) or not 0 <= split_seed < 2**32:
+        raise InputError(f"task.split_seed: expected a whole number within 0..{2**32 - 1}, found {split_seed!r}")
     if data is None:
         raise InputError("data: expected --data with a .parquet or .jsonl file, a folder of these, or an id on the Hub")
     tables = load_tables(data, "signals", (".parquet", ".jsonl", ".json"))
@@ -59,7 +63,12 @@ def load(
     channels = {signal.shape[1] for signal in signals["train"]}
     if len(channels) > 1:
         raise InputError(f"train: expected signals with equally many channels, found {sorted(channels)}")
-    processor = LMUFeatureExtractor.fit(signals["train"], sampling_rate=sampling_rate)
+    if processor is None:
+        try:
+            processor = LMUFeatureExtractor.fit(signals["train"], sampling_rate=sampling_rate)
+        except ValueError as error:
+            raise InputError(f"task.{error}") from error
+    check_processor(processor, LMUFeatureExtractor)
     parts = {part: Part(process(part, signals[part], processor.sequence), labels[part]) for part in PARTS}
     return TaskData(
         name="signals",
@@ -88,12 +97,14 @@ def _as_array(signal: Any) -> np.ndarray:
 
 def _label_names(table: Any, label_column: str, labels: list[Any]) -> list[str]:
     feature = table.features[label_column]
+    if odd := [label for label in labels if not isinstance(label, int | str)]:
+        raise InputError(f"train: expected labels that are names or whole numbers, found {odd[0]!r}")
     if hasattr(feature, "names"):
         return list(feature.names)
     if all(isinstance(label, str) for label in labels):
         return sorted(set(labels))
     # Whole numbers: classes without an example in between would only hide a mistake in the data.
-    found = sorted(set(labels), key=lambda label: (str(type(label)), label if label is not None else 0))
+    found = sorted(set(labels), key=lambda label: (str(type(label)), label))
     if found != list(range(len(found))):
         raise InputError(f"train: expected names or labels 0 .. n-1 without gaps, found {found[:10]}")
     return [str(label) for label in found]

@@ -396,6 +396,13 @@ def arguments(**kwargs):
         (arguments(kernel_regularizer="l3"), "kernel_regularizer: expected one of"),
         (arguments(kernel_regularizer={"name": "l2", "l2": -1}), "expected l2 >= 0"),
         (arguments(dropout=1.0), "dropout: expected a rate"),
+        (arguments(use_bias="False"), "use_bias: expected True or False, found 'False'"),
+        (arguments(hidden_act="tanh"), "hidden_act: expected None without a hidden cell"),
+        (
+            arguments(hidden_cell=nn.RNNCell(8, 2), hidden_size=99),
+            "brings its own size and activation, found hidden_size=99",
+        ),
+        (arguments(hidden_cell=nn.RNNCell(8, 2), hidden_act="relu"), "found hidden_act='relu'"),
         (arguments(encoder_act="swoosh"), "encoder_act: expected one of"),
         (arguments(algorithm="scan"), "algorithm: expected one of"),
         (arguments(algorithm="fft", memory_to_memory=True), "feed the state back"),
@@ -411,6 +418,43 @@ def test_wrong_arguments(kwargs, message):
         LMU(**kwargs)
 
 
+def test_settings_without_effect_are_announced():
+    with pytest.warns(UserWarning, match=r"recurrent_dropout=0.5 has no effect without memory_to_memory"):
+        LMU(**arguments(recurrent_dropout=0.5))
+    with pytest.warns(UserWarning, match="kernel_regularizer='l2' has no effect without a kernel"):
+        LMU(**arguments(kernel_regularizer="l2", kernel_initializer=None, memory_d=3))
+
+
+def test_stateful_after_inference_mode():
+    layer = build("rnn", stateful=True, dtype=torch.float32)
+    with torch.inference_mode():
+        layer(torch.randn(2, 4, 3))
+    layer(torch.randn(2, 4, 3))[0].sum().backward()
+    layer.reset_state([0])
+    layer.double()(torch.randn(2, 4, 3, dtype=F64))
+
+
+def test_copies_share_the_delay_system():
+    import copy
+    import pickle
+
+    layer = build("rnn")
+    x = torch.randn(2, 4, 3, dtype=F64)
+    expected, _ = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.cell.system() is layer.cell.system()
+        assert torch.equal(other(x)[0], expected)
+
+
+def test_steps_of_one_sequence_share_their_dropout():
+    cell = LMU(40, 40, 2, 4.0, kernel_initializer=None, dropout=0.5).cell
+    x = torch.ones(1, 40)
+    masks = cell.sample_dropout(x)
+    dropped = [cell(x, dropout=masks)[1].memory == 0 for _ in range(2)]
+    assert torch.equal(*dropped)
+    assert dropped[0].any()
+
+
 def test_unstable_euler_on_request():
     assert LMU(**arguments(discretizer="euler", order=8, allow_unstable=True))
 
@@ -424,6 +468,10 @@ def test_unstable_euler_on_request():
         (lambda layer: layer(torch.zeros(2, 5, 1, 3)), "x: expected"),
         (lambda layer: layer(torch.zeros(2, 5, 3), mask=torch.ones(2, 4)), "mask: expected .2, 5."),
         (lambda layer: layer(torch.zeros(2, 5, 3), lengths=torch.ones(3)), "lengths: expected one whole number per row"),
+        (lambda layer: layer(torch.zeros(2, 5, 3), lengths=torch.tensor([5, -1])), "values within 0..5"),
+        (lambda layer: layer(torch.zeros(2, 5, 3), lengths=[5, 6]), "values within 0..5"),
+        (lambda layer: layer(torch.zeros(2, 5, 3), lengths=torch.tensor([5.0, 2.0])), "one whole number per row"),
+        (lambda layer: layer(torch.zeros(2, 5, 3, dtype=torch.int64)), "floating point numbers, found torch.int64"),
         (lambda layer: layer(torch.zeros(2, 5, 3), mask=torch.ones(2, 5), lengths=torch.ones(2)), "found both"),
         (lambda layer: layer(torch.zeros(2, 5, 3), [torch.zeros(2, 8)]), "initial_state: expected"),
         (lambda layer: layer.cell(torch.zeros(2, 5, 3)), "x: expected .batch, input_size=3"),

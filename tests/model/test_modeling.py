@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -233,6 +234,101 @@ def test_trainer_trains(tmp_path):
     assert trainer.evaluate()["eval_loss"] < 0.5 * before
 
 
+CELLS = ["rnn", "lstm", "gru", "dense", "readout", [{"name": "lstm", "hidden_size": 4}, "dense"]]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_weights_that_a_checkpoint_lacks_are_initialised(cell, tmp_path, monkeypatch):
+    """transformers allocates them uninitialised; poisoned here, so that a forgotten one shows as NaN."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(empty_like(*a, **k)))
+    model = build("signal", hidden_cell=cell, memory_d=2)
+    everything = model.state_dict()
+    for key in everything:
+        model.save_pretrained(tmp_path, state_dict={name: value for name, value in everything.items() if name != key})
+        loaded = LMUForSequenceClassification.from_pretrained(tmp_path)
+        for name, value in loaded.state_dict().items():
+            assert value.isfinite().all(), (key, name)
+            assert name == key or torch.equal(value, everything[name]), (key, name)
+        forget = "hidden_cell.bias" if cell == "lstm" else None
+        if forget is not None and key.endswith(forget):
+            assert loaded.state_dict()[key].tolist() == [0.0] * 8 + [1.0] * 8 + [0.0] * 16
+    wider = LMUForSequenceClassification.from_pretrained(tmp_path, order=9, ignore_mismatched_sizes=True)
+    assert all(value.isfinite().all() for value in wider.state_dict().values())
+
+
+def _poison(tensor):
+    return tensor.fill_(torch.nan) if tensor.is_floating_point() and not tensor.is_meta else tensor
+
+
+class Stubborn(torch.nn.Module):
+    """A cell whose initialisation writes its weight without asking."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__()
+        self.input_size, self.output_size, self.state_sizes = input_size, hidden_size, (hidden_size,)
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, input_size))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        with torch.no_grad():
+            self.weight.copy_(torch.randn(self.weight.shape))
+
+    def forward(self, z, state):
+        y = z @ self.weight.T + state[0]
+        return y, (y,)
+
+
+def test_a_cell_of_the_users_keeps_its_loaded_weights(tmp_path):
+    from lmu_hf.model import cell_registry
+
+    cell_registry.register_hidden_cell("stubborn", Stubborn)
+    try:
+        model = build("signal", hidden_cell="stubborn")
+        model.save_pretrained(tmp_path)
+        loaded = LMUForSequenceClassification.from_pretrained(tmp_path, use_bias=True)
+        key = "model.layers.0.lmu.cell.hidden_cell.weight"
+        assert torch.equal(loaded.state_dict()[key], model.state_dict()[key])
+    finally:
+        del cell_registry._REGISTRY["stubborn"]
+
+
+def test_mean_pooling_does_not_overflow_in_half_precision():
+    model = build("memory", pooling="mean", order=1, theta=1.0, kernel_initializer="ones").half()
+    values = torch.full((2, 4000, 2), 30.0, dtype=torch.float16)
+    mask = torch.ones(2, 4000)
+    mask[1, 100:] = 0
+    assert model(input_values=values, attention_mask=mask).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(3, 4), torch.zeros(12), torch.zeros(4, 1)])
+def test_labels_of_another_shape_are_refused(labels):
+    model = build("dense", problem_type="regression")
+    with pytest.raises(ValueError, match=r"labels: expected .4, 3. for regression, found"):
+        model(**inputs(model), labels=labels)
+
+
+def test_int32_labels():
+    model = build("dense")
+    batch = inputs(model)
+    labels = torch.tensor([0, 2, 1, 1])
+    assert model(**batch, labels=labels.int()).loss == model(**batch, labels=labels).loss
+
+
+def test_backwards_layers_all_run_from_the_end():
+    model = build("backwards")
+    values = torch.randn(1, 9, 2)
+    mirrored = build("signal", num_hidden_layers=2)
+    mirrored.load_state_dict(model.state_dict())
+    assert (mirrored(input_values=values.flip(1)).logits - model(input_values=values).logits).abs().max() < 1e-6
+
+
+def test_last_step_only_is_refused_where_pooling_needs_all():
+    model = build("mean").model
+    with pytest.raises(ValueError, match="'mean' pooling needs every step"):
+        model(input_values=torch.randn(1, 4, 2), return_sequences=False)
+
+
 def test_inputs_embeds_equal_tokens():
     model = build("tokens")
     ids = torch.randint(1, 11, (2, 7))
@@ -287,6 +383,10 @@ def test_wrong_inputs(given, message):
         ({"block_type": "residual", "bidirectional": True}, "pooling: at the last step"),
         ({"discretizer": "euler"}, "smallest stable theta"),
         ({"num_hidden_layers": 2, "kernel_initializer": None}, "needs memory_d=212"),
+        ({"return_sequences": True}, "return_sequences: an argument of the layer"),
+        ({"id2label": {0: "a", 2: "b"}}, "id2label: expected a name for each"),
+        ({"vocab_size": 5, "pad_token_id": 5}, "pad_token_id: expected a token below"),
+        ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon: expected"),
     ],
 )
 def test_wrong_configurations(kwargs, message):
@@ -298,6 +398,12 @@ def test_wrong_configurations(kwargs, message):
 def test_wrong_types(kwargs):
     with pytest.raises(StrictDataclassError, match=next(iter(kwargs))):
         LMUConfig(**kwargs)
+
+
+def test_theta_of_any_number_type_can_be_saved(tmp_path):
+    for theta in (np.float32(20), (20.0,), [np.float64(20)]):
+        config("signal", theta=theta if not isinstance(theta, np.floating) else [theta]).save_pretrained(tmp_path)
+        assert LMUConfig.from_pretrained(tmp_path).theta == [20.0]
 
 
 def test_a_config_changed_for_the_worse_is_not_saved(tmp_path):
