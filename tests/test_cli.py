@@ -4,9 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from made_data import write_images
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -258,6 +260,20 @@ def test_penalties_do_not_change_the_reported_loss(tmp_path):
     finished = run("train", *QUICK, *settings, "--output", tmp_path / "out", "--no-progress")
     assert finished.exit_code == 0, finished.output
     assert json.loads((tmp_path / "out" / "result.json").read_text())["reloaded"]["same"]
+
+
+@pytest.mark.parametrize("name", ["psmnist-lmu", "psmnist-plmu"])
+def test_published_configs_run(name, tmp_path):
+    write_images(tmp_path / "train-0.parquet", [i % 10 for i in range(60)])
+    write_images(tmp_path / "test-0.parquet", [i % 10 for i in range(20)], seed=1)
+    quick = ["training.num_train_epochs=1", "model.order=12", "model.hidden_size=6"]
+    config = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    finished = run("train", config, *quick, "--data", tmp_path, "--output", tmp_path / "out", "--no-progress")
+    assert finished.exit_code == 0, finished.output
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["dataset"]["rows"] == {"train": 50, "validation": 10, "test": 20}
+    assert result["reloaded"]["same"]
+    assert str(tmp_path) not in json.dumps(result)
 
 
 def test_a_failed_run_leaves_the_folder_free(tmp_path):

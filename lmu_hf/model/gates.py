@@ -33,12 +33,15 @@ class GateWeights(NamedTuple):
 
 def gate_weights(cell: nn.Module) -> GateWeights | None:
     """The gate form of a hidden cell, differentiable in its weights; None if the cell has none."""
-    if isinstance(cell, RNNCell | DenseCell):
+    # Exact types throughout: a subclass may compute something else.
+    if type(cell) in (RNNCell, DenseCell):
+        assert isinstance(cell, RNNCell | DenseCell)
         if cell.activation not in GATES:
             return None
         hidden = cell.weight_hh.mT if isinstance(cell, RNNCell) else None
         return GateWeights(cell.activation, cell.weight_ih.mT, hidden, cell.bias)
-    if isinstance(cell, LSTMCell | GRUCell):
+    if type(cell) in (LSTMCell, GRUCell):
+        assert isinstance(cell, LSTMCell | GRUCell)
         if (cell.activation, cell.recurrent_activation) != ("tanh", "sigmoid"):
             return None
         if isinstance(cell, LSTMCell):
@@ -51,7 +54,6 @@ def gate_weights(cell: nn.Module) -> GateWeights | None:
 
 def _torch_weights(module: nn.Module) -> GateWeights | None:
     weights = dict(module.named_parameters())
-    # Exact types: a subclass may compute something else.
     if type(module) is nn.Linear:
         return GateWeights("linear", weights["weight"].mT, None, weights.get("bias"))
     if type(module) is nn.GRUCell:

@@ -221,9 +221,9 @@ class LMU(nn.Module):
         """
         if self.backward_cell is not None:
             starts = (None, None) if initial_state is None else initial_state
-            forward, forward_state = self._run(self.cell, x, self.cell.check_state(starts[0], x), lengths, return_sequences)
-            start = self.backward_cell.check_state(starts[1], x)
-            backward, backward_state = self._run(self.backward_cell, reverse(x, lengths), start, lengths, return_sequences)
+            backwards = reverse(x, lengths)
+            forward, forward_state = self._run(self.cell, x, starts[0], lengths, return_sequences)
+            backward, backward_state = self._run(self.backward_cell, backwards, starts[1], lengths, return_sequences)
             if return_sequences:
                 backward = reverse(backward, lengths)
             return torch.cat([forward, backward], dim=-1), BidirectionalState(forward_state, backward_state)
@@ -234,9 +234,8 @@ class LMU(nn.Module):
                     f"x: expected the {initial_state.memory.shape[0]} rows whose state this stateful layer keeps, found "
                     f"{x.shape[0]}; call reset_state() before a batch of another size"
                 )
-        start = self.cell.check_state(initial_state, x)
         x = reverse(x, lengths) if self.go_backwards else x
-        output, state = self._run(self.cell, x, start, lengths, return_sequences)
+        output, state = self._run(self.cell, x, initial_state, lengths, return_sequences)
         if self.stateful:
             # Detached: a gradient never runs past the call that it belongs to. Ordinary tensors, since training may follow
             # a call under inference_mode.
@@ -245,9 +244,10 @@ class LMU(nn.Module):
         return output, state
 
     def _run(
-        self, cell: LMUCell, x: Tensor, state: LMUState, lengths: Tensor | None, return_sequences: bool
+        self, cell: LMUCell, x: Tensor, initial_state: Any, lengths: Tensor | None, return_sequences: bool
     ) -> tuple[Tensor, LMUState]:
         """Runs one direction over rows whose valid steps come first."""
+        state = cell.check_state(initial_state, x)
         dropout, system = cell.sample_dropout(x), cell.system()
         naive = self.algorithm == "naive"
         if cell.coupled and not naive:
@@ -267,9 +267,9 @@ class LMU(nn.Module):
         hidden_cell = cell.hidden_cell
         all_states = return_sequences or self._hidden_is_recurrent
         algorithm = "auto" if self.algorithm == "lookahead" else self.algorithm
-        memory, final_memory = linear_memory(
-            u, system, state.memory, lengths, return_sequence=all_states, algorithm=algorithm
-        )
+        # None rather than zeros where there is no state: its response need not be computed.
+        start = None if initial_state is None else state.memory
+        memory, final_memory = linear_memory(u, system, start, lengths, return_sequence=all_states, algorithm=algorithm)
         if memory is None:
             z = cell.hidden_input(final_memory, last_valid(x, lengths))
             output, hidden = (z, ()) if hidden_cell is None else hidden_cell(z, state.hidden)

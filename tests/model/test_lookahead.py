@@ -176,6 +176,18 @@ def test_no_graph_is_kept_alive():
         gc.enable()
 
 
+def test_a_subclass_is_not_taken_for_its_parent():
+    class Doubled(nn.RNNCell):
+        def forward(self, *arguments):
+            return 2 * super().forward(*arguments)
+
+    layer = LMU(3, 2, 4, 9.0, Doubled(8, 5), return_sequences=True)
+    x = torch.randn(2, 6, 3)
+    output = layer(x)
+    layer.algorithm = "naive"
+    assert (output - layer(x)).abs().max() < 1e-6
+
+
 def test_every_kind_has_weights():
     assert {"tanh", "sigmoid", "relu", "linear", "lstm", "gru"} == set(GATES)
     assert gate_weights(nn.Sequential()) is None

@@ -1,29 +1,16 @@
 """Tasks on small data made here: the parts, the orders, and what is wrong with a file."""
 
-import io
 import json
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from made_data import write_images
 
 from lmu_hf.errors import InputError
 from lmu_hf.tasks import load_task
 from lmu_hf.tasks.base import Part, collate
 from lmu_hf.tasks.psmnist import pixel_order
-
-
-def write_images(path, labels, shape=(28, 28), column="image", seed=0):
-    datasets = pytest.importorskip("datasets")
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in labels:
-        buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(buffer, "PNG")
-        rows.append({"bytes": buffer.getvalue(), "path": None})
-    features = datasets.Features({column: datasets.Image(), "label": datasets.Value("int64")})
-    datasets.Dataset.from_dict({column: rows, "label": labels}, features=features).to_parquet(str(path))
 
 
 @pytest.fixture
