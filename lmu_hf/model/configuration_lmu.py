@@ -43,7 +43,7 @@ _LAYER_FIELDS = (
 )
 
 # Arguments of LMU that a model has no use for; as unknown keys they would be kept and ignored.
-_OF_THE_LAYER = ("return_sequences", "return_state", "time_major", "stateful", "algorithm", "device")
+_OF_THE_LAYER = ("return_state", "time_major", "stateful", "algorithm", "device")
 
 
 @strict
@@ -85,6 +85,8 @@ class LMUConfig(PreTrainedConfig):
         allow_unstable: accept an Euler system that diverges.
         go_backwards: run from the last step to the first.
         bidirectional: run both ways and join the outputs.
+        return_sequences: compute the output of every step in LMUModel, or only of the last valid one, which needs "last"
+            pooling; a call may say otherwise. Heads ask for what they need.
         intermediate_size: width of the gated feed-forward part of residual blocks; None for twice ``hidden_size``.
         feed_forward_act: activation of its gate.
         residual_dropout: dropout rate of what a residual block adds.
@@ -133,6 +135,7 @@ class LMUConfig(PreTrainedConfig):
     allow_unstable: bool = False
     go_backwards: bool = False
     bidirectional: bool = False
+    return_sequences: bool = True
     intermediate_size: int | None = None
     feed_forward_act: str = "silu"
     residual_dropout: int | float = 0.0
@@ -189,6 +192,8 @@ class LMUConfig(PreTrainedConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a rate in [0, 1), found {getattr(self, name)!r}")
         check_activation("feed_forward_act", self.feed_forward_act)
+        if not self.return_sequences and self.pooling != "last":
+            raise ValueError(f"return_sequences: False needs pooling='last', found {self.pooling!r}")
         if self.block_type == "residual":
             if self.hidden_size is None:
                 raise ValueError("hidden_size: residual blocks need the model width, found None; use for example 64")

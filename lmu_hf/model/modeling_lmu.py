@@ -194,7 +194,7 @@ class LMUModel(LMUPreTrainedModel):
         attention_mask: Tensor | None = None,
         input_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        return_sequences: bool = True,
+        return_sequences: bool | None = None,
         **kwargs: Any,
     ) -> LMUModelOutput:
         """Runs the model.
@@ -205,7 +205,8 @@ class LMUModel(LMUPreTrainedModel):
                 another step's result, whatever it holds.
             input_values: signals (batch, time, input_size), or (batch, time) if ``input_size`` is 1.
             inputs_embeds: embeddings (batch, time, input_size), in place of tokens or signals.
-            return_sequences: compute the output of every step, or only of the last valid one.
+            return_sequences: compute the output of every step, or only of the last valid one; as the configuration says when
+                None.
 
         Returns:
             :class:`LMUModelOutput`.
@@ -213,6 +214,8 @@ class LMUModel(LMUPreTrainedModel):
         Raises:
             ValueError: not exactly one input was given, or a shape is wrong.
         """
+        if return_sequences is None:
+            return_sequences = self.config.return_sequences
         if not return_sequences and self.config.pooling != "last":
             raise ValueError(f"return_sequences: {self.config.pooling!r} pooling needs every step; leave out False")
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)

@@ -323,6 +323,13 @@ def test_backwards_layers_all_run_from_the_end():
     assert (mirrored(input_values=values.flip(1)).logits - model(input_values=values).logits).abs().max() < 1e-6
 
 
+def test_last_step_only_by_configuration():
+    model, last = build("dense").model, build("dense", return_sequences=False).model
+    values = torch.randn(3, 6, 2)
+    assert last(input_values=values).last_hidden_state.shape == (3, 1, 8)
+    assert torch.equal(last(input_values=values, return_sequences=True).last_hidden_state, model(input_values=values)[0])
+
+
 def test_last_step_only_is_refused_where_pooling_needs_all():
     model = build("mean").model
     with pytest.raises(ValueError, match="'mean' pooling needs every step"):
@@ -383,7 +390,8 @@ def test_wrong_inputs(given, message):
         ({"block_type": "residual", "bidirectional": True}, "pooling: at the last step"),
         ({"discretizer": "euler"}, "smallest stable theta"),
         ({"num_hidden_layers": 2, "kernel_initializer": None}, "needs memory_d=212"),
-        ({"return_sequences": True}, "return_sequences: an argument of the layer"),
+        ({"return_state": True}, "return_state: an argument of the layer"),
+        ({"return_sequences": False, "pooling": "mean"}, "return_sequences: False needs pooling='last'"),
         ({"id2label": {0: "a", 2: "b"}}, "id2label: expected a name for each"),
         ({"vocab_size": 5, "pad_token_id": 5}, "pad_token_id: expected a token below"),
         ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon: expected"),
