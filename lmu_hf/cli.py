@@ -184,10 +184,11 @@ def _print_result(result: dict[str, Any], output_dir: Path) -> None:
         rows = result["dataset"]["rows"][part]
         table.add_row(part, f"{rows:,}", f"{scores['accuracy']:.4f}", f"{scores['loss']:.4f}")
     _console().print(table)
+    best = result["best_epoch"]
+    kept = "last epoch" if best is None else f"best epoch {best:g}"
     typer.echo(
-        f"{result['parameters']['trainable']:,} parameters, best epoch {result['best_epoch']:g} of "
-        f"{result['history'][-1]['epoch']:g}, trained in {result['seconds']['train']:.0f} s; reloaded in a fresh process, "
-        f"same score\nmodel, processor and result.json: {output_dir}"
+        f"{result['parameters']['trainable']:,} parameters, {kept} of {result['history'][-1]['epoch']:g}, trained in "
+        f"{result['seconds']['train']:.0f} s; reloaded in a fresh process, same score\nmodel, processor and result.json: {output_dir}"
     )
 
 

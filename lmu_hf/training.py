@@ -377,6 +377,9 @@ def _cpu_name() -> str:
 
 
 def _best_epoch(trainer: Trainer) -> float | None:
+    """The epoch whose weights were kept; None where it is the last one whatever its score."""
+    if not trainer.args.load_best_model_at_end:
+        return None
     step = trainer.state.best_global_step
     epochs = [log["epoch"] for log in trainer.state.log_history if log["step"] == step and "eval_loss" in log]
     return epochs[0] if epochs else None
