@@ -188,7 +188,8 @@ def _print_result(result: dict[str, Any], output_dir: Path) -> None:
     kept = "last epoch" if best is None else f"best epoch {best:g}"
     typer.echo(
         f"{result['parameters']['trainable']:,} parameters, {kept} of {result['history'][-1]['epoch']:g}, trained in "
-        f"{result['seconds']['train']:.0f} s; reloaded in a fresh process, same score\nmodel, processor and result.json: {output_dir}"
+        f"{result['seconds']['train']:.0f} s; reloaded in a fresh process, same score\n"
+        f"model, processor and result.json: {output_dir}"
     )
 
 
