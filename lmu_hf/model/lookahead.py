@@ -139,15 +139,19 @@ def _run(
     chunks = -(-steps // chunk)
     fold, step, direct = _operators(cell, input_weight.to(dtype), hidden_weight, size, system, chunk)
 
+    # What the inputs contribute, in one product: x -> u, and x -> gates, directly and through u.
+    to_u = _encoder(cell, dtype, x.device)[: cell.input_size]
+    to_gates = to_u @ direct
+    if cell.input_to_hidden and gates:
+        to_gates = to_gates + input_weight[cell.memory_d * cell.order :].to(dtype)
+    constant = None
+    if cell.bias is not None or bias is not None:
+        u_bias = to_u.new_zeros(cell.memory_d) if cell.bias is None else cell.bias.to(dtype)
+        gate_bias = u_bias @ direct
+        constant = torch.cat([u_bias, gate_bias if bias is None else gate_bias + bias.to(dtype)])
+    x = x if dropout.encoder is None else x * dropout.encoder[:, None]
     x = F.pad(x, (0, 0, 0, chunks * chunk - steps))
-    encoder = _encoder(cell, dtype, x.device)
-    u = (x if dropout.encoder is None else x * dropout.encoder[:, None]) @ encoder[: cell.input_size]
-    base = u = u if cell.bias is None else u + cell.bias.to(dtype)
-    if gates:
-        base_gates = u @ direct
-        if cell.input_to_hidden:
-            base_gates = base_gates + x @ input_weight[cell.memory_d * cell.order :].to(dtype)
-        base = torch.cat([u, base_gates if bias is None else base_gates + bias.to(dtype)], dim=-1)
+    base = F.linear(x, torch.cat([to_u, to_gates], dim=1).mT, constant)
     power = system.power(chunk, dtype, x.device)
     response = system.impulse_response(chunk, dtype, x.device).flip(1)
     u, starts, *sequences = _Lookahead.apply(
@@ -366,13 +370,10 @@ def _input_gradient(grad_memory: Tensor, response: Tensor, batch: int) -> Tensor
 
 def _step_gradient(u: Tensor, before: Tensor, hidden: Tensor, grad_base: Tensor, chunk: int) -> Tensor:
     """Gradient of the step matrix from all steps at once."""
-    dims = u.shape[2]
-    previous = torch.cat([before[:, None], hidden[:, :-1]], dim=1)
-    parts = []
-    if dims:
-        by_chunk, grad_by_chunk = u.unflatten(1, (-1, chunk)), grad_base.unflatten(1, (-1, chunk))
-        for lag in range(chunk - 1, 0, -1):
-            earlier = by_chunk[:, :, : chunk - lag].flatten(0, 2)
-            parts.append(earlier.mT @ grad_by_chunk[:, :, lag:].flatten(0, 2))
-    parts.append(previous.flatten(0, 1).mT @ grad_base.flatten(0, 1))
-    return torch.cat(parts)
+    earlier = [before[:, None]] if hidden.shape[1] == 1 else [before[:, None], hidden[:, :-1]]
+    past = [torch.cat(earlier, dim=1)]
+    if u.shape[2]:
+        by_chunk = u.unflatten(1, (-1, chunk))
+        # The u of each lag, none before the chunk. Shifting these few numbers spares a copy of the gradients per lag.
+        past = [F.pad(by_chunk[:, :, :-lag], (0, 0, lag, 0)).flatten(1, 2) for lag in range(chunk - 1, 0, -1)] + past
+    return torch.cat(past, dim=2).flatten(0, 1).mT @ grad_base.flatten(0, 1)
