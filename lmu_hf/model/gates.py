@@ -31,7 +31,7 @@ class GateWeights(NamedTuple):
     bias: Tensor | None
 
 
-def gate_weights(cell: nn.Module) -> GateWeights | None:
+def gate_weights(cell: nn.Module | None) -> GateWeights | None:
     """The gate form of a hidden cell, differentiable in its weights; None if the cell has none."""
     # Exact types throughout: a subclass may compute something else.
     if type(cell) in (RNNCell, DenseCell):

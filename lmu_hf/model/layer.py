@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from .cell_registry import HiddenCellSpec
 from .cells import is_recurrent
+from .folding import folded_memory, worth_folding
 from .gates import gate_weights
+from .legendre import DelaySystem
 from .lmu_cell import LMUCell
 from .lookahead import gated_scan, lookahead_input, lookahead_recurrence, unsupported
 from .memory import ALGORITHMS, linear_memory
@@ -264,6 +266,8 @@ class LMU(nn.Module):
             u = lookahead_input(cell, x, state.memory, system, dropout)
         else:
             u = cell.encode(x, dropout=dropout)
+        if self._hidden_is_recurrent and x.shape[1] > 1 and gate_weights(cell.hidden_cell) is not None:
+            return self._run_gated(cell, x, u, state, lengths, system, return_sequences)
         hidden_cell = cell.hidden_cell
         all_states = return_sequences or self._hidden_is_recurrent
         algorithm = "auto" if self.algorithm == "lookahead" else self.algorithm
@@ -278,8 +282,7 @@ class LMU(nn.Module):
                 output = output.masked_fill((lengths == 0)[:, None], 0)
         elif hidden_cell is not None and self._hidden_is_recurrent:
             z = cell.hidden_input(memory, x)
-            scan = naive_scan if x.shape[1] == 1 or gate_weights(hidden_cell) is None else gated_scan
-            output, hidden = scan(hidden_cell, z, state.hidden, lengths, return_sequence=return_sequences)
+            output, hidden = naive_scan(hidden_cell, z, state.hidden, lengths, return_sequence=return_sequences)
             return output, LMUState(final_memory, hidden)
         else:
             z = cell.hidden_input(memory, x)
@@ -291,6 +294,38 @@ class LMU(nn.Module):
                 torch.where((lengths > 0)[:, None], new, old) for new, old in zip(hidden, state.hidden, strict=True)
             )
         return output, LMUState(final_memory, tuple(hidden))
+
+    def _run_gated(
+        self,
+        cell: LMUCell,
+        x: Tensor,
+        u: Tensor,
+        state: LMUState,
+        lengths: Tensor | None,
+        system: DelaySystem,
+        return_sequences: bool,
+    ) -> tuple[Tensor, LMUState]:
+        """A recurrent hidden cell over a memory whose input is known: the memory's part of its gates in bulk, then a scan."""
+        weights = gate_weights(cell.hidden_cell)
+        assert weights is not None
+        batch, steps, dims = u.shape
+        fold = worth_folding(batch, steps, dims, cell.order, weights.input_weight.shape[1])
+        if self.algorithm in ("auto", "lookahead") and fold:
+            split = [dims * cell.order, cell.input_size if cell.input_to_hidden else 0]
+            of_memory, of_input = weights.input_weight.split(split)
+            with torch.autocast(x.device.type, enabled=False):
+                dtype = state.memory.dtype
+                base, memory = folded_memory(blank(u.to(dtype), lengths), system, of_memory.to(dtype), state.memory, lengths)
+            if cell.input_to_hidden:
+                base = base + x @ of_input
+            base = base if weights.bias is None else base + weights.bias
+        else:
+            algorithm = "auto" if self.algorithm == "lookahead" else self.algorithm
+            states, memory = linear_memory(u, system, state.memory, lengths, algorithm=algorithm)
+            assert states is not None
+            base = nn.functional.linear(cell.hidden_input(states, x), weights.input_weight.mT, weights.bias)
+        output, hidden = gated_scan(weights, base, state.hidden, lengths, return_sequence=return_sequences)
+        return output, LMUState(memory, hidden)
 
     def extra_repr(self) -> str:
         names = ("return_sequences", "return_state", "time_major", "stateful", "go_backwards", "bidirectional")

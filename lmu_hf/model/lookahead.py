@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from .folding import applied_powers, final_memory, short_kernel
 from .gates import GATES, GateWeights, gate_weights
 from .legendre import DelaySystem
-from .memory import fold_rows, fold_state, linear_memory, unfold_state
+from .memory import fold_rows, fold_state, unfold_state
 from .ragged import blank, last_valid
 from .state import Dropout, LMUState
 
@@ -67,7 +68,7 @@ def lookahead_recurrence(
     assert weights is not None
     with torch.autocast(x.device.type, enabled=False):
         u, starts, sequences = _run(cell, x, state.memory, state.hidden, weights, system, dropout)
-        memory = _final_memory(u, starts, system, x.shape[1], lengths)
+        memory = final_memory(u, starts, system, x.shape[1], lengths)
     output, hidden = _finish(sequences, state.hidden, lengths, return_sequence)
     return output.to(x.dtype), LMUState.of((memory, *hidden))
 
@@ -82,24 +83,30 @@ def lookahead_input(cell: LMUCell, x: Tensor, memory: Tensor, system: DelaySyste
 
 
 def gated_scan(
-    cell: nn.Module, z: Tensor, state: State, lengths: Tensor | None, *, return_sequence: bool
+    weights: GateWeights, base: Tensor, state: State, lengths: Tensor | None, *, return_sequence: bool
 ) -> tuple[Tensor, State]:
-    """Runs a hidden cell that has gates over known inputs. Equals ``naive_scan`` to rounding.
+    """Runs a hidden cell over what its inputs contribute to its gates. Equals ``naive_scan`` to rounding.
 
     Computes in float32 or better. Its gradient cannot be differentiated again.
+
+    Args:
+        weights: the gate form of the cell, with recurrence.
+        base: z @ input_weight + bias of every step (B, T, G).
+        state: hidden state tensors before the first step.
+        lengths: number of valid steps per row (B,), or None for all.
+        return_sequence: return the outputs of all steps rather than the last valid one.
+
+    Returns:
+        Outputs and state like ``naive_scan``, in the dtype of ``state``.
     """
-    weights = gate_weights(cell)
-    assert weights is not None
     assert weights.hidden_weight is not None
-    # The one large product may run in half precision; the recurrence does not.
-    base = F.linear(z, weights.input_weight.mT, weights.bias)
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    with torch.autocast(z.device.type, enabled=False):
-        none = z.new_zeros(z.shape[0], 0, 0, dtype=dtype)
+    dtype = torch.promote_types(base.dtype, torch.float32)
+    with torch.autocast(base.device.type, enabled=False):
+        none = base.new_zeros(base.shape[0], 0, 0, dtype=dtype)
         empty = none.new_zeros(0, 0, 0)
         _, _, *sequences = _Lookahead.apply(
             weights.kind,
-            z.shape[1],
+            base.shape[1],
             base.to(dtype),
             none,
             none.new_zeros(0, base.shape[-1]),
@@ -109,7 +116,7 @@ def gated_scan(
             *(part.to(dtype) for part in state),
         )
     output, hidden = _finish(sequences, state, lengths, return_sequence)
-    return output.to(z.dtype), hidden
+    return output.to(state[0].dtype), hidden
 
 
 def chunk_size(batch: int, steps: int, memory_d: int, order: int, hidden_size: int, width: int) -> int:
@@ -176,13 +183,8 @@ def _operators(
     recurrent = memory_weight.new_zeros(dims * order, dims)
     if cell.recurrent_kernel is not None:
         recurrent = cell.recurrent_kernel.to(dtype)
-    Ad, Bd = system.matrices(dtype, device)
-    # (A^T)^i [E | K] for i = 0 .. C, and what an input i steps back contributes through it.
-    applied = [torch.cat([recurrent, memory_weight], dim=1).view(dims, order, -1)]
-    for _ in range(chunk):
-        applied.append(Ad.mT @ applied[-1])
-    powers = torch.stack(applied)
-    short = torch.einsum("idnw,dn->idw", powers, Bd.expand(dims, order))
+    powers = applied_powers(torch.cat([recurrent, memory_weight], dim=1), system, dims, chunk)
+    short = short_kernel(powers, system)
     direct = short[0, :, dims:]
 
     to_u = powers[:chunk, ..., :dims]
@@ -201,20 +203,6 @@ def _encoder(cell: LMUCell, dtype: torch.dtype, device: torch.device) -> Tensor:
     if cell.kernel is None:
         return torch.eye(cell.encoder_size, dtype=dtype, device=device)
     return cell.kernel.to(dtype)
-
-
-def _final_memory(u: Tensor, starts: Tensor, system: DelaySystem, steps: int, lengths: Tensor | None) -> Tensor:
-    """The memory after each row's last valid step, from the start of the chunk that it lies in."""
-    batch, chunks = starts.shape[:2]
-    chunk, dims = u.shape[1] // chunks, u.shape[2]
-    starts = starts.unflatten(2, (dims, -1))
-    if lengths is None:
-        rest = u[:, (chunks - 1) * chunk : steps]
-        return linear_memory(rest, system, starts[:, -1], return_sequence=False)[1]
-    rows = torch.arange(batch, device=u.device)
-    index = ((lengths - 1).clamp(min=0) // chunk).to(rows.dtype)
-    rest = u.unflatten(1, (chunks, chunk))[rows, index]
-    return linear_memory(rest, system, starts[rows, index], lengths - index * chunk, return_sequence=False)[1]
 
 
 def _finish(sequences: list[Tensor], before: State, lengths: Tensor | None, return_sequence: bool) -> tuple[Tensor, State]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lmu_hf.model import layer as layer_module
 from lmu_hf.model import lookahead
 from lmu_hf.model.cell_registry import build_hidden_cell
 from lmu_hf.model.gates import GATES, gate_weights
@@ -151,12 +152,34 @@ def test_gated_scan(kind):
     state = tuple(torch.randn(3, size, dtype=F64, requires_grad=True) for size in cell.state_sizes)
     lengths = torch.tensor([11, 4, 0])
     sides = []
-    for scan in (lookahead.gated_scan, naive_scan):
-        output, final = scan(cell, z, state, lengths, return_sequence=True)
+    weights = gate_weights(cell)
+    for naive in (False, True):
+        if naive:
+            output, final = naive_scan(cell, z, state, lengths, return_sequence=True)
+        else:
+            base = z @ weights.input_weight + weights.bias
+            output, final = lookahead.gated_scan(weights, base, state, lengths, return_sequence=True)
         loss = output.square().sum() + sum((part * 1.5).sum() for part in final)
         sides.append([output, *final, *torch.autograd.grad(loss, [z, *state, *cell.parameters()])])
     for ours, naive in zip(*sides, strict=True):
         assert (ours - naive).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "torch_gru"])
+@pytest.mark.parametrize("input_to_hidden", [False, True])
+def test_folded_memory(cell, system, input_to_hidden, monkeypatch):
+    monkeypatch.setattr(layer_module, "worth_folding", lambda *_: True)
+    monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": input_to_hidden})
+    layer = build(cell, "none", system)
+    for steps, lengths in ((2, None), (16, None), (39, torch.tensor([39, 16, 17, 0]))):
+        x = torch.randn(4, steps, 3, dtype=F64)
+        layer.algorithm = "auto"
+        results, gradients = everything(layer, x, lengths)
+        layer.algorithm = "naive"
+        naive_results, naive_gradients = everything(layer, x, lengths)
+        for ours, naive in zip([*results, *gradients], [*naive_results, *naive_gradients], strict=True):
+            assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.detach().abs().max()))
 
 
 def test_no_graph_is_kept_alive():
