@@ -3,6 +3,8 @@
 Importing this package makes the model type "lmu" known to the Auto classes of transformers.
 """
 
+from contextlib import suppress
+
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -29,7 +31,9 @@ AutoModel.register(LMUConfig, LMUModel, exist_ok=True)
 for _auto in (AutoModelForSequenceClassification, AutoModelForImageClassification, AutoModelForAudioClassification):
     # One head for all three: a sequence is a sequence. The pipelines look for their own Auto class.
     _auto.register(LMUConfig, LMUForSequenceClassification, exist_ok=True)
-AutoImageProcessor.register(LMUConfig, image_processor_classes={"pil": LMUImageProcessor}, exist_ok=True)
+with suppress(ImportError):
+    # Early versions of transformers 5 have AutoImageProcessor only with torchvision; LMUImageProcessor itself needs none.
+    AutoImageProcessor.register(LMUConfig, image_processor_classes={"pil": LMUImageProcessor}, exist_ok=True)
 AutoFeatureExtractor.register(LMUConfig, LMUFeatureExtractor, exist_ok=True)
 
 __all__ = [

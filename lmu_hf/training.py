@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
-    AutoProcessor,
     EvalPrediction,
     PrinterCallback,
     ProgressCallback,
@@ -32,6 +31,7 @@ from .errors import InputError
 from .experiment import Experiment
 from .model.configuration_lmu import LMUConfig
 from .model.modeling_lmu import LMUForSequenceClassification
+from .model.processing_lmu import LMUFeatureExtractor, LMUImageProcessor
 from .tasks import TaskData, load_task
 from .tasks.base import PARTS, collate
 
@@ -320,7 +320,7 @@ def load_model(model_dir: str | Path) -> tuple[LMUForSequenceClassification, Any
     try:
         loaded: Any = LMUForSequenceClassification.from_pretrained(str(model_dir), output_loading_info=True)
         model, report = loaded
-        processor = AutoProcessor.from_pretrained(str(model_dir))
+        processor = load_processor(model_dir)
     except Exception as error:  # a damaged file can raise anything; each means that there is no usable model
         raise InputError(f"model: {model_dir} could not be loaded: {' '.join(str(error).split())[:300]}") from error
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -328,6 +328,14 @@ def load_model(model_dir: str | Path) -> tuple[LMUForSequenceClassification, Any
             names = ", ".join(str(name) for name in sorted(report[problem])[:3])
             raise InputError(f"model: {model_dir}: weights and config.json do not fit, {problem.replace('_', ' ')} {names}")
     return model.eval(), processor
+
+
+def load_processor(model_dir: str | Path) -> LMUImageProcessor | LMUFeatureExtractor:
+    """The processor saved beside a model; by our own classes, as AutoProcessor may want torchvision for images."""
+    try:
+        return LMUImageProcessor.from_pretrained(str(model_dir))
+    except ValueError:  # it is one for signals, and says so
+        return LMUFeatureExtractor.from_pretrained(str(model_dir))
 
 
 def verify_in_fresh_process(model_dir: Path, data: str | None, expected: dict[str, float]) -> dict[str, Any]:
