@@ -110,8 +110,7 @@ class Experiment:
 
         from .model.configuration_lmu import LMUConfig
 
-        own = [name for name, kind in LMUConfig.__annotations__.items() if not name.startswith("_") and kind is not None]
-        _check_keys("model", self.model, own)
+        _check_keys("model", self.model, list(LMUConfig.__annotations__))
         known = [f.name for f in fields(TrainingArguments) if f.init]
         _check_keys("training", self.training, known)
         for name in _RESERVED:

@@ -163,10 +163,13 @@ def build_config(experiment: Experiment, task: TaskData) -> LMUConfig:
         raise InputError(
             f"model.input_size: the data has {task.input_size} features per step, found {fields['input_size']}; leave it out"
         )
+    if fields.get("vocab_size") is not None:
+        raise InputError("model.vocab_size: the tasks give continuous signals, not tokens; leave it out")
     id2label = dict(enumerate(task.label_names))
     try:
         return LMUConfig(
-            **{"problem_type": "single_label_classification", **fields},
+            **fields,
+            problem_type="single_label_classification",
             id2label=id2label,
             label2id={name: index for index, name in id2label.items()},
         )

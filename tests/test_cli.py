@@ -177,6 +177,7 @@ def test_signals_from_training_to_prediction(tmp_path):
         (["train", "model.ordr=3"], "unknown key 'ordr'; did you mean 'order'"),
         (["train", "model.order=-3"], "model.order: expected a whole number"),
         (["train", "model.order=x"], "Field 'order' expected int"),
+        (["train", "model.vocab_size=5"], "model.vocab_size: the tasks give continuous signals"),
         (["train", "model.input_size=3"], "model.input_size: the data has 1 features per step, found 3"),
         (["train", "model.discretizer=euler", "model.order=32"], "smallest stable theta"),
         (["train", "training.lr_scheduler_type=magic"], "training: magic is not a valid SchedulerType"),

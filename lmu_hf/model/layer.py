@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from .cell_registry import HiddenCellSpec
 from .cells import is_recurrent
 from .folding import folded_memory, worth_folding
-from .gates import gate_weights
+from .gates import GateWeights, gate_weights
 from .legendre import DelaySystem
 from .lmu_cell import LMUCell
 from .lookahead import gated_scan, lookahead_input, lookahead_recurrence, unsupported
 from .memory import ALGORITHMS, linear_memory
-from .ragged import blank, check_lengths, last_valid, pack, reverse, to_front, to_place
+from .ragged import blank, check_lengths, last_valid, pack, reverse, to_front, to_place, where_started
 from .recurrence import naive_recurrence, naive_scan
 from .state import BidirectionalState, LMUState
 
@@ -252,8 +252,9 @@ class LMU(nn.Module):
         state = cell.check_state(initial_state, x)
         dropout, system = cell.sample_dropout(x), cell.system()
         naive = self.algorithm == "naive"
+        weights = None if naive else gate_weights(cell.hidden_cell)
         if cell.coupled and not naive:
-            reason = unsupported(cell, dropout)
+            reason = unsupported(cell, weights, dropout)
             if reason is not None and self.algorithm == "lookahead":
                 raise ValueError(f"algorithm: 'lookahead' cannot run this layer, because {reason}; use 'auto' or 'naive'")
             # A single step has nothing to look ahead to.
@@ -261,18 +262,21 @@ class LMU(nn.Module):
         if naive:
             return naive_recurrence(cell, x, state, lengths, system, dropout, return_sequence=return_sequences)
         if cell.hidden_to_memory:
-            return lookahead_recurrence(cell, x, state, lengths, system, dropout, return_sequence=return_sequences)
+            assert weights is not None
+            return lookahead_recurrence(cell, weights, x, state, lengths, system, dropout, return_sequence=return_sequences)
         if cell.memory_to_memory:
             u = lookahead_input(cell, x, state.memory, system, dropout)
         else:
             u = cell.encode(x, dropout=dropout)
-        if self._hidden_is_recurrent and x.shape[1] > 1 and gate_weights(cell.hidden_cell) is not None:
-            return self._run_gated(cell, x, u, state, lengths, system, return_sequences)
-        hidden_cell = cell.hidden_cell
-        all_states = return_sequences or self._hidden_is_recurrent
         algorithm = "auto" if self.algorithm == "lookahead" else self.algorithm
         # None rather than zeros where there is no state: its response need not be computed.
         start = None if initial_state is None else state.memory
+        if weights is not None and self._hidden_is_recurrent and x.shape[1] > 1:
+            base, final_memory = self._gate_inputs(cell, weights, x, u, start, lengths, system, algorithm)
+            output, hidden = gated_scan(weights, base, state.hidden, lengths, return_sequence=return_sequences)
+            return output, LMUState(final_memory, hidden)
+        hidden_cell = cell.hidden_cell
+        all_states = return_sequences or self._hidden_is_recurrent
         memory, final_memory = linear_memory(u, system, start, lengths, return_sequence=all_states, algorithm=algorithm)
         if memory is None:
             z = cell.hidden_input(final_memory, last_valid(x, lengths))
@@ -289,43 +293,34 @@ class LMU(nn.Module):
             output, hidden = (z, ()) if hidden_cell is None else hidden_cell(z, state.hidden)
             output = blank(output, lengths)
             hidden = tuple(last_valid(tensor, lengths) for tensor in hidden)
-        if lengths is not None:
-            hidden = tuple(
-                torch.where((lengths > 0)[:, None], new, old) for new, old in zip(hidden, state.hidden, strict=True)
-            )
-        return output, LMUState(final_memory, tuple(hidden))
+        hidden = tuple(where_started(new, old, lengths) for new, old in zip(hidden, state.hidden, strict=True))
+        return output, LMUState(final_memory, hidden)
 
-    def _run_gated(
-        self,
+    @staticmethod
+    def _gate_inputs(
         cell: LMUCell,
+        weights: GateWeights,
         x: Tensor,
         u: Tensor,
-        state: LMUState,
+        start: Tensor | None,
         lengths: Tensor | None,
         system: DelaySystem,
-        return_sequences: bool,
-    ) -> tuple[Tensor, LMUState]:
-        """A recurrent hidden cell over a memory whose input is known: the memory's part of its gates in bulk, then a scan."""
-        weights = gate_weights(cell.hidden_cell)
-        assert weights is not None
+        algorithm: str,
+    ) -> tuple[Tensor, Tensor]:
+        """What memory and inputs contribute to the gates of a hidden cell (B, T, G), and the final memory, in bulk."""
         batch, steps, dims = u.shape
-        fold = worth_folding(batch, steps, dims, cell.order, weights.input_weight.shape[1])
-        if self.algorithm in ("auto", "lookahead") and fold:
-            split = [dims * cell.order, cell.input_size if cell.input_to_hidden else 0]
-            of_memory, of_input = weights.input_weight.split(split)
-            with torch.autocast(x.device.type, enabled=False):
-                dtype = state.memory.dtype
-                base, memory = folded_memory(blank(u.to(dtype), lengths), system, of_memory.to(dtype), state.memory, lengths)
-            if cell.input_to_hidden:
-                base = base + x @ of_input
-            base = base if weights.bias is None else base + weights.bias
-        else:
-            algorithm = "auto" if self.algorithm == "lookahead" else self.algorithm
-            states, memory = linear_memory(u, system, state.memory, lengths, algorithm=algorithm)
+        if algorithm != "auto" or not worth_folding(batch, steps, dims, cell.order, weights.input_weight.shape[1]):
+            states, memory = linear_memory(u, system, start, lengths, algorithm=algorithm)
             assert states is not None
-            base = nn.functional.linear(cell.hidden_input(states, x), weights.input_weight.mT, weights.bias)
-        output, hidden = gated_scan(weights, base, state.hidden, lengths, return_sequence=return_sequences)
-        return output, LMUState(memory, hidden)
+            return nn.functional.linear(cell.hidden_input(states, x), weights.input_weight.mT, weights.bias), memory
+        of_memory, of_input = weights.input_weight.tensor_split([dims * cell.order])
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            before = u.new_zeros(batch, dims, cell.order, dtype=dtype) if start is None else start
+            base, memory = folded_memory(blank(u.to(dtype), lengths), system, of_memory.to(dtype), before, lengths)
+        if cell.input_to_hidden:
+            base = base + x @ of_input
+        return (base if weights.bias is None else base + weights.bias), memory
 
     def extra_repr(self) -> str:
         names = ("return_sequences", "return_state", "time_major", "stateful", "go_backwards", "bidirectional")

@@ -199,27 +199,26 @@ class DelaySystem:
         theta_inv: 1 / theta per scale, shape (S,), in 1 / time steps.
         order: number of Legendre polynomials N.
         discretizer: "zoh" (Ad, Bd from the matrix exponential) or "euler" (Ad = I + A / theta, Bd = B / theta).
-        shared: the system outlives the call that builds it; see :func:`delay_system`.
+        key: the arguments of :func:`delay_system` that this shared system answers to; None for one of a single forward pass.
 
     Attributes:
         Ad: state matrix (S, N, N), float64, CPU.
         Bd: input vector (S, N), float64, CPU.
     """
 
-    def __init__(self, theta_inv: Tensor, order: int, discretizer: str = "zoh", *, shared: bool = False):
+    def __init__(self, theta_inv: Tensor, order: int, discretizer: str = "zoh", *, key: tuple | None = None):
         check_discretizer(discretizer)
         self.order = check_order(order)
         self.discretizer = discretizer
         theta_inv = theta_inv.to(device="cpu", dtype=torch.float64).reshape(-1)
         self.Ad, self.Bd = _Discretize.apply(theta_inv, order, discretizer)
         self.scales = len(theta_inv)
-        self._shared = shared
-        self._key: tuple = ()
+        self._key = key
         self._operators: OrderedDict[tuple, tuple[Tensor, ...]] = OrderedDict()
 
     def __reduce__(self) -> Any:
         # A copy or a pickle of a layer refers to the shared system rather than carrying its operators along.
-        if not self._shared:
+        if self._key is None:
             raise TypeError("a delay system with a trained theta belongs to one forward pass and cannot be copied")
         return delay_system, self._key
 
@@ -283,7 +282,7 @@ class DelaySystem:
         def cast() -> tuple[Tensor, ...]:
             return tuple(tensor.to(dtype=dtype, device=device).contiguous() for tensor in build())
 
-        built = _for_good(cast)() if self._shared else cast()
+        built = cast() if self._key is None else _for_good(cast)()
         self._operators[key] = built
         if len(self._operators) > _MAX_CACHED_OPERATORS:
             self._operators.popitem(last=False)
@@ -301,9 +300,8 @@ def delay_system(order: int, theta: float | tuple[float, ...], discretizer: str 
         discretizer: "zoh" or "euler".
     """
     thetas = theta if isinstance(theta, tuple) else (theta,)
-    system = DelaySystem(1.0 / torch.tensor(thetas, dtype=torch.float64, device="cpu"), order, discretizer, shared=True)
-    system._key = (order, theta, discretizer)
-    return system
+    theta_inv = 1.0 / torch.tensor(thetas, dtype=torch.float64, device="cpu")
+    return DelaySystem(theta_inv, order, discretizer, key=(order, theta, discretizer))
 
 
 def shifted_legendre(order: int, r: Tensor) -> Tensor:

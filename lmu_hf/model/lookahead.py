@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .folding import applied_powers, final_memory, short_kernel
-from .gates import GATES, GateWeights, gate_weights
+from .gates import GATES, GateWeights
 from .legendre import DelaySystem
-from .memory import fold_rows, fold_state, unfold_state
-from .ragged import blank, last_valid
+from .memory import fold_rows, fold_state, unfold_rows, unfold_state
+from .ragged import blank, last_valid, where_started
 from .state import Dropout, LMUState
 
 if TYPE_CHECKING:
@@ -38,19 +38,20 @@ if TYPE_CHECKING:
 State = tuple[Tensor, ...]
 
 
-def unsupported(cell: LMUCell, dropout: Dropout) -> str | None:
-    """Why a coupled layer cannot run in this way, or None if it can."""
+def unsupported(cell: LMUCell, weights: GateWeights | None, dropout: Dropout) -> str | None:
+    """Why a coupled layer, whose hidden cell has the gate form ``weights``, cannot run in this way; None if it can."""
     if cell.encoder_act != "linear":
         return "encoder_act makes u a non-linear function of the state"
     if dropout.recurrent is not None or (dropout.encoder is not None and cell.hidden_to_memory):
         return "the dropout of what is fed back differs from row to row"
-    if cell.hidden_to_memory and (cell.hidden_cell is None or gate_weights(cell.hidden_cell) is None):
+    if cell.hidden_to_memory and weights is None:
         return "the hidden cell that is fed back has no form as affine gates"
     return None
 
 
 def lookahead_recurrence(
     cell: LMUCell,
+    weights: GateWeights,
     x: Tensor,
     state: LMUState,
     lengths: Tensor | None,
@@ -59,13 +60,11 @@ def lookahead_recurrence(
     *,
     return_sequence: bool,
 ) -> tuple[Tensor, LMUState]:
-    """Runs an LMU with ``hidden_to_memory``. Equals ``naive_recurrence`` to rounding, with the same arguments and results.
+    """Runs an LMU with ``hidden_to_memory``. Equals ``naive_recurrence`` to rounding, with the same results and arguments but
+    for ``weights``, the gate form of the hidden cell.
 
     Computes in float32 or better. Its gradient cannot be differentiated again.
     """
-    assert cell.hidden_cell is not None
-    weights = gate_weights(cell.hidden_cell)
-    assert weights is not None
     with torch.autocast(x.device.type, enabled=False):
         u, starts, sequences = _run(cell, x, state.memory, state.hidden, weights, system, dropout)
         memory = final_memory(u, starts, system, x.shape[1], lengths)
@@ -206,12 +205,10 @@ def _encoder(cell: LMUCell, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _finish(sequences: list[Tensor], before: State, lengths: Tensor | None, return_sequence: bool) -> tuple[Tensor, State]:
-    final = tuple(last_valid(sequence, lengths) for sequence in sequences)
-    output = blank(sequences[0], lengths) if return_sequence else final[0]
-    if lengths is not None:
-        started = (lengths > 0)[:, None]
-        final = tuple(torch.where(started, new, old.to(new.dtype)) for new, old in zip(final, before, strict=True))
-    return output, tuple(part.to(old.dtype) for part, old in zip(final, before, strict=True))
+    last = tuple(last_valid(sequence, lengths) for sequence in sequences)
+    output = blank(sequences[0], lengths) if return_sequence else last[0]
+    final = tuple(where_started(new, old, lengths).to(old.dtype) for new, old in zip(last, before, strict=True))
+    return output, final
 
 
 class _Lookahead(torch.autograd.Function):
@@ -300,7 +297,9 @@ class _Lookahead(torch.autograd.Function):
             first = index * chunk
             inputs = grad_u[:, first : first + chunk].flatten(1).clone()
             if grad_memory is not None:
-                inputs += _input_gradient(grad_memory, response, batch)
+                # What the memory at the end of the chunk sends back to the u of the chunk.
+                sent = fold_state(grad_memory, len(response)) @ response.mT
+                inputs += unfold_rows(sent, batch).flatten(1)
             for j in reversed(range(min(chunk, ctx.steps - first))):
                 now = grad_base[:, first + j]
                 direct = gates.back(first + j, grad_sequences[0][:, first + j] + carry, now[:, dims:])
@@ -346,14 +345,6 @@ def _advance(memory: Tensor, u: Tensor, power: Tensor, response: Tensor) -> Tens
     """The memory a chunk later: m (B, D, N), u (B, C, D)."""
     driven = fold_rows(u, len(power)) @ response
     return unfold_state(torch.baddbmm(driven, fold_state(memory, len(power)), power.mT), memory.shape)
-
-
-def _input_gradient(grad_memory: Tensor, response: Tensor, batch: int) -> Tensor:
-    """What the memory at the end of a chunk sends back to the chunk's u, (B, C * D)."""
-    gradient = fold_state(grad_memory, len(response)) @ response.mT
-    if len(response) == 1:
-        return gradient.reshape(batch, -1, gradient.shape[-1]).mT.flatten(1)
-    return gradient.permute(1, 2, 0).flatten(1)
 
 
 def _step_gradient(u: Tensor, before: Tensor, hidden: Tensor, grad_base: Tensor, chunk: int) -> Tensor:

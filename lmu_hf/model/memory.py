@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .legendre import DelaySystem
-from .ragged import blank, check_lengths, last_valid, reverse
+from .ragged import blank, check_lengths, last_valid, reverse, where_started
 
 ALGORITHMS = ("naive", "chunked", "fft", "final")
 
@@ -224,6 +224,13 @@ def fold_rows(u: Tensor, scales: int) -> Tensor:
     return u.permute(2, 0, 1)
 
 
+def unfold_rows(rows: Tensor, batch: int) -> Tensor:
+    """The inverse of :func:`fold_rows`: (S, R, T) -> (B, T, D)."""
+    if rows.shape[0] == 1:
+        return rows.reshape(batch, -1, rows.shape[-1]).mT
+    return rows.permute(1, 2, 0)
+
+
 def _unfold_sequence(states: Tensor, shape: torch.Size) -> Tensor:
     """(S, R, T, N) -> (B, T, D, N)."""
     batch, steps, dims = shape
@@ -250,5 +257,5 @@ def _finish(states: Tensor, initial_state: Tensor | None, lengths: Tensor | None
         return states, states[:, -1]
     final = last_valid(states, lengths)
     if initial_state is not None:
-        final = torch.where((lengths > 0)[:, None, None], final, initial_state)
+        final = where_started(final, initial_state, lengths)
     return blank(states, lengths), final

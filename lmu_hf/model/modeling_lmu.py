@@ -143,7 +143,7 @@ class LMUPreTrainedModel(PreTrainedModel):
                 parameter.copy_(value)
 
     def set_algorithm(self, name: str) -> None:
-        """Chooses the memory algorithm of every layer: "auto", "naive", "chunked", "fft" or "final". Not saved.
+        """Chooses the memory algorithm of every layer: "auto", "naive", "chunked", "fft", "final" or "lookahead". Not saved.
 
         Raises:
             ValueError: a layer cannot use it; no layer is changed then.

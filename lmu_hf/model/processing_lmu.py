@@ -196,9 +196,7 @@ class LMUFeatureExtractor(SequenceFeatureExtractor):
             array = array[:, None]
         if array.ndim != 2 or array.shape[1] != self.feature_size or len(array) == 0:
             raise ValueError(f"signal: expected (time >= 1, channels={self.feature_size}), found {array.shape}")
-        if not np.isfinite(array).all():
-            step = int(np.argwhere(~np.isfinite(array))[0][0])
-            raise ValueError(f"signal: expected finite values, found {array[step].tolist()} at step {step}")
+        check_finite(array)
         return _standardize(array, self.mean, self.std)
 
     def __call__(
@@ -268,6 +266,13 @@ def _as_batch(signals: Any, channels: int) -> list[Any]:
     if isinstance(first, list | tuple) and np.ndim(first) == 1 and len(first) == channels:
         return [signals]
     return list(signals)
+
+
+def check_finite(signal: np.ndarray) -> None:
+    """Raises ValueError at the first step of a signal (time, channels) that is not finite."""
+    if not np.isfinite(signal).all():
+        step = int(np.argwhere(~np.isfinite(signal))[0][0])
+        raise ValueError(f"signal: expected finite values, found {signal[step].tolist()} at step {step}")
 
 
 def _standardize(values: np.ndarray, mean: float | Sequence[float], std: float | Sequence[float]) -> np.ndarray:

@@ -88,6 +88,13 @@ def last_valid(x: Tensor, lengths: Tensor | None) -> Tensor:
     return last.masked_fill(_like(lengths == 0, last), 0)
 
 
+def where_started(after: Tensor, before: Tensor, lengths: Tensor | None) -> Tensor:
+    """``after`` (B, ...), but ``before`` in rows without a valid step, whose state no step has changed."""
+    if lengths is None:
+        return after
+    return torch.where(_like(lengths > 0, after), after, before.to(after.dtype))
+
+
 def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, _like(index, x).expand(-1, -1, *x.shape[2:]))
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..model.processing_lmu import LMUFeatureExtractor
+from ..model.processing_lmu import LMUFeatureExtractor, check_finite
 from .base import PARTS, Part, TaskData, check_labels, check_processor, column, load_tables, process
 
 OPTIONS = ("signal_column", "label_column", "split_seed", "sampling_rate")
@@ -89,9 +89,7 @@ def _as_array(signal: Any) -> np.ndarray:
     array = array[:, None] if array.ndim == 1 else array
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"expected a signal of numbers or of equally long steps, found the shape {array.shape}")
-    if not np.isfinite(array).all():
-        step = int(np.argwhere(~np.isfinite(array))[0][0])
-        raise ValueError(f"expected finite values, found {array[step].tolist()} at step {step}")
+    check_finite(array)
     return array
 
 
