@@ -1,4 +1,4 @@
-"""The command line: ``lmu-hf train | evaluate | predict``."""
+"""The command line: ``lmu-hf train | evaluate | predict | push | convert``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import InputError
+from .errors import HubError, InputError
 
 app = typer.Typer(
     name="lmu-hf",
-    help="Legendre Memory Units for Hugging Face: train, evaluate and use them.",
+    help="Legendre Memory Units for Hugging Face: train, evaluate, use and publish them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,15 +29,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON ins
 
 
 def _kind(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns wrong input into one line and exit code 2; anything else is a defect and keeps its traceback."""
+    """Turns wrong input into one line and exit code 2, a failure of the Hub into one line and 1.
+
+    Anything else is a defect and keeps its traceback.
+    """
 
     @wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except InputError as error:
+        except (InputError, HubError) as error:
             typer.secho(f"lmu-hf: {' '.join(str(error).split())}", fg="red", err=True)
-            raise typer.Exit(2) from error
+            raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
 
     return wrapper
 
@@ -172,6 +175,76 @@ def predict(
         then = ", ".join(f"{name} {value:.3f}" for name, value in others[:2])
         table.add_row(result["file"], label, f"{probability:.3f}", then)
     _console().print(table)
+
+
+@app.command()
+@_kind
+def push(
+    model_dir: ModelDir,
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="USER/NAME on the Hub, or NAME for your own.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of changing the branch.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if it is missing; the main one by default.")] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Licence of the weights; that of the present card, or apache-2.0, by default.")
+    ] = None,
+) -> None:
+    """Publish a trained model on the Hub: weights, processor, code, result.json and a card made from it."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    from .hub import push as run
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    published = run(model_dir, repo_id, private=private, create_pr=create_pr, revision=revision, license=license)
+    typer.echo(f"{len(published.files)} files: {published.url}")
+    if published.left_out:
+        typer.echo(f"not published: {', '.join(published.left_out)}")
+
+
+@app.command()
+@_kind
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A .keras, .h5 or .hdf5 file; with --to keras a MODEL_DIR.")
+    ],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="Folder for the model; with --to keras a .keras file.")],
+    config: Annotated[
+        str | None, typer.Option(help="Architecture for weights alone: JSON of Keras' to_json(), or fields of LMUConfig.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--verify", metavar="DATA.npz", help="Inputs x and outputs y of the original to compare with."),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest difference that --verify accepts.")] = 1e-3,
+    to: Annotated[str, typer.Option(help="lmu-hf, or keras for the way back.")] = "lmu-hf",
+) -> None:
+    """Convert a Keras LMU checkpoint (keras-lmu, or the cell of 2019) to a model folder, or back to Keras."""
+    if to not in ("lmu-hf", "keras"):
+        raise InputError(f"to: expected lmu-hf or keras, found {to!r}")
+    if not tolerance >= 0:
+        raise InputError(f"tolerance: expected a number >= 0, found {tolerance}")
+    if to == "keras" and (config is not None or data is not None):
+        raise InputError("--config and --verify: for conversion from Keras only")
+
+    from . import convert as conversion
+
+    if to == "keras":
+        written = conversion.export(source, output)
+        typer.echo(f"{' -> '.join(written['layers'])}, {written['parameters']:,} parameters: {output}")
+        return
+    try:
+        result = conversion.convert(source, output, config, data, tolerance)
+    except conversion.VerificationError as error:
+        typer.secho(f"lmu-hf: {error}; nothing was written", fg="red", err=True)
+        raise typer.Exit(1) from error
+    for note in result["notes"]:
+        typer.secho(f"note: {note}", err=True)
+    if result["difference"] is not None:
+        typer.echo(f"largest difference from the original's outputs: {result['difference']:.2e}")
+    typer.echo(f"{result['model']}, {result['parameters']:,} parameters: {output}")
 
 
 def _print_result(result: dict[str, Any], output_dir: Path) -> None:

@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """Wrong input from outside: a file, a column, a value, a folder. The command line prints it as one line."""
+
+
+class HubError(RuntimeError):
+    """The Hub could not be reached or failed, through no fault of the input; trying again later may help."""

@@ -25,6 +25,7 @@ _RESERVED = (
     "hub_token",
     "push_to_hub_token",
 )
+_PUBLISHING = ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
 
 # Numbers of TrainingArguments that it does not check itself: whole or not, smallest allowed value.
 _NUMBERS = {
@@ -116,6 +117,9 @@ class Experiment:
         for name in _RESERVED:
             if name in self.training:
                 raise InputError(f"training.{name}: set by the run, not by the config; use the command line's option")
+        for name in _PUBLISHING:
+            if name in self.training:
+                raise InputError(f"training.{name}: a run does not publish; use `lmu-hf push MODEL_DIR REPO_ID` after it")
         for name, value in self.training.items():
             # YAML reads 1e-3 as a word: its numbers want a dot.
             if isinstance(value, str):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from .errors import InputError
-from .model.modeling_lmu import LMUForSequenceClassification
+from .model.modeling_heads import LMUForSequenceClassification
 from .model.processing_lmu import LMUImageProcessor
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib.util
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -26,19 +24,19 @@ from transformers import (
     set_seed,
 )
 
-from . import __version__
+from .card import EXAMPLE, RESULT_FILE
 from .errors import InputError
 from .experiment import Experiment
 from .model.configuration_lmu import LMUConfig
-from .model.modeling_lmu import LMUForSequenceClassification
+from .model.modeling_heads import LMUForSequenceClassification
 from .model.processing_lmu import LMUFeatureExtractor, LMUImageProcessor
+from .plots import MAX_CLASSES, draw
+from .record import best_epoch, hardware, history, versions
 from .tasks import TaskData, load_task
 from .tasks.base import PARTS, collate
 
-RESULT_FILE = "result.json"
 ALL = "all"
 _CHECKPOINTS = "checkpoints"
-_VERSIONS_OF = ("torch", "transformers", "datasets", "accelerate", "safetensors", "huggingface_hub", "numpy")
 
 _DEFAULTS: dict[str, Any] = {
     "eval_strategy": "epoch",
@@ -85,6 +83,8 @@ def train(
 
 def _train(experiment: Experiment, output_dir: Path, data: str | None, progress: bool) -> dict[str, Any]:
     started = time.perf_counter()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("pictures: need matplotlib; install lmu-hf[train]")  # now, not after an hour of training
     task = _load_task(experiment, data)
     config = build_config(experiment, task)
     set_seed(experiment.seed)
@@ -106,18 +106,26 @@ def _train(experiment: Experiment, output_dir: Path, data: str | None, progress:
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "dataset": task.dataset,
         "scores": scores,
-        "best_epoch": _best_epoch(trainer),
+        "best_epoch": best_epoch(trainer),
         "parameters": {
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "total": sum(p.numel() for p in model.parameters()),
         },
         "experiment": experiment.to_dict(),
-        "history": _history(trainer.state.log_history),
+        "history": history(trainer.state.log_history),
         "seconds": {"train": round(train_seconds, 2)},
         "hardware": hardware(),
         "versions": versions(),
     }
+    if len(task.label_names) <= MAX_CLASSES:
+        result["confusion"] = {"labels": task.label_names, "test": scored["test"]["confusion"]}
+    if task.dataset["id"] is not None and isinstance(task.processor, LMUImageProcessor):
+        # Of public data only: a row of somebody's own is theirs to publish.
+        row = task.parts["test"][0]
+        task.processor.image(row["input_values"]).save(output_dir / EXAMPLE)
+        result["example"] = {"file": EXAMPLE, "label": task.label_names[int(row["labels"])]}
     _write(output_dir, result)
+    draw(result, output_dir)
     result["reloaded"] = verify_in_fresh_process(output_dir, data, scores["test"])
     result["seconds"]["total"] = round(time.perf_counter() - started, 2)
     _write(output_dir, result)
@@ -360,52 +368,6 @@ def verify_in_fresh_process(model_dir: Path, data: str | None, expected: dict[st
     if not same:
         raise RuntimeError(f"the reloaded model scores differently: expected {expected}, found {found}")
     return {"accuracy": found["accuracy"], "loss": found["loss"], "same": True}
-
-
-def hardware() -> dict[str, Any]:
-    """The machine, in the words that a reader needs to judge a time."""
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads(), "gpus": devices}
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a number."""
-    return {
-        "lmu_hf": __version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _VERSIONS_OF},
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux; the general name has to do
-    return platform.processor() or platform.machine()
-
-
-def _best_epoch(trainer: Trainer) -> float | None:
-    """The epoch whose weights were kept; None where it is the last one whatever its score."""
-    if not trainer.args.load_best_model_at_end:
-        return None
-    step = trainer.state.best_global_step
-    epochs = [log["epoch"] for log in trainer.state.log_history if log["step"] == step and "eval_loss" in log]
-    return epochs[0] if epochs else None
-
-
-def _history(logs: list[dict[str, float]]) -> list[dict[str, float]]:
-    """One entry per epoch: training loss, validation loss and accuracy."""
-    epochs: dict[float, dict[str, float]] = {}
-    for log in logs:
-        entry = epochs.setdefault(log["epoch"], {"epoch": log["epoch"]})
-        if "loss" in log:
-            entry |= {"train_loss": log["loss"], "learning_rate": log["learning_rate"]}
-        if "eval_accuracy" in log and "accuracy" not in entry:
-            entry |= {"loss": log["eval_loss"], "accuracy": log["eval_accuracy"]}
-    return list(epochs.values())
 
 
 def _write(output_dir: Path, result: dict[str, Any]) -> None:

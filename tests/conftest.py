@@ -1,10 +1,17 @@
 """What every test gets: a fixed seed, and no network."""
 
 import socket
+from pathlib import Path
 
+import hub_server
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
+from transformers.utils import logging
+
+import lmu_hf
+from lmu_hf.model import compiled
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -25,3 +32,49 @@ def _no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _verbosity():
+    """The command line quietens transformers for good, which would blind later tests that read its warnings."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+
+
+@pytest.fixture
+def python_loop(monkeypatch):
+    """The time loop in Python even where the compiled one is there, whose sums round differently; also in child processes."""
+    monkeypatch.setattr(compiled, "_load", None)
+    monkeypatch.setenv("LMU_HF_NATIVE", "0")
+
+
+@pytest.fixture(scope="session")
+def digits_model(tmp_path_factory):
+    """A folder as `lmu-hf train` writes it, of two quick epochs. Not to be changed; copy it."""
+    from lmu_hf.experiment import Experiment
+    from lmu_hf.training import train
+
+    quick = ["training.num_train_epochs=2", "model.order=8", "model.hidden_size=20"]
+    folder = tmp_path_factory.mktemp("digits") / "model"
+    train(Experiment.read(Path(lmu_hf.__file__).parent / "tasks" / "digits.yaml", quick), folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The Hub of `hub_server`, where the client of this process finds it, logged in as ada."""
+    with hub_server.running() as server:
+        for name, value in server.client(hub_server.ADA, tmp_path / "hf").items():
+            monkeypatch.setenv(name, value)
+        # What the client read from the environment when it was imported.
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # its own client, made at first use
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its retries
+        yield server

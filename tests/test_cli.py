@@ -58,12 +58,17 @@ def test_train(trained):
     assert result["experiment"]["seed"] == 0
     assert len(result["history"]) == result["experiment"]["training"]["num_train_epochs"]
     assert {"torch", "transformers", "lmu_hf", "python"} <= set(result["versions"])
-    assert sorted(path.name for path in folder.iterdir()) == [
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".py") == [
         "config.json",
+        "confusion_matrix.png",
+        "example.png",
+        "learning_curve.png",
         "model.safetensors",
         "preprocessor_config.json",
         "result.json",
     ]
+    assert sum(map(sum, result["confusion"]["test"])) == result["dataset"]["rows"]["test"]
+    assert result["example"]["label"] in result["confusion"]["labels"]
     assert f"{result['scores']['test']['accuracy']:.4f}" in output
     # Files that are published must not tell where they were made.
     assert not any(str(folder.parent) in path.read_text() for path in folder.glob("*.json"))
@@ -195,6 +200,7 @@ def test_signals_from_training_to_prediction(tmp_path):
         (["train", "training.metric_for_best_model=foo"], "metric_for_best_model: expected one of"),
         (["train", "training.report_to=wandb"], "training: "),
         (["train", "training.resume_from_checkpoint=x"], "set by the run"),
+        (["train", "training.push_to_hub=true"], "a run does not publish; use `lmu-hf push"),
         (["evaluate", "nowhere/at/all"], "model: nowhere/at/all could not be loaded"),
         (["evaluate", "."], "holds no config.json"),
         (["predict", ".", "a.png"], "holds no config.json"),

@@ -14,13 +14,17 @@ README = (ROOT / "README.md").read_text()
 RESULTS = sorted((ROOT / "model_cards").glob("*.json"))
 
 
-def test_python_example_runs(tmp_path, monkeypatch):
+def test_python_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    layer, tasks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
-    exec(code, names)
+    exec(layer, names)
     assert names["window"].shape == (4, 2, 100)
     assert (tmp_path / "my-lmu" / "model.safetensors").exists()
+    exec(tasks, names)
+    assert names["text"].shape == (3, 32)
+    assert names["future"].shape == (3, 50, 1)
+    assert names["logits"].shape == (3, 5)
 
 
 def test_yaml_example_is_valid(tmp_path):

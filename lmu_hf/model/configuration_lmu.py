@@ -14,6 +14,7 @@ from .layer import LMU
 
 BLOCK_TYPES = ("plain", "residual")
 POOLINGS = ("last", "mean", "max")
+PREDICTION_LOSSES = ("mse", "huber")
 PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
 
 # Fields that are handed to every LMU layer as they are.
@@ -86,7 +87,8 @@ class LMUConfig(PreTrainedConfig):
         go_backwards: run from the last step to the first.
         bidirectional: run both ways and join the outputs.
         return_sequences: compute the output of every step in LMUModel, or only of the last valid one, which needs "last"
-            pooling; a call may say otherwise. Heads ask for what they need.
+            pooling; a call may say otherwise. Heads ask for what they need; LMUForTimeSeriesPrediction predicts after every step
+            or after the last.
         intermediate_size: width of the gated feed-forward part of residual blocks; None for twice ``hidden_size``.
         feed_forward_act: activation of its gate.
         residual_dropout: dropout rate of what a residual block adds.
@@ -95,6 +97,15 @@ class LMUConfig(PreTrainedConfig):
         classifier_dropout: dropout rate before the classifier.
         initializer_range: standard deviation of embeddings and linear layers.
         pad_token_id: token of the padding, for token models.
+        bos_token_id: token that begins a text, for ``generate``.
+        eos_token_id: token or tokens that end one.
+        tie_word_embeddings: use the token embeddings as the weights of a language model's head; needs ``input_size`` equal to
+            ``output_size``.
+        horizon: of a time series model, how many steps ahead its first predicted value lies.
+        prediction_length: number of consecutive steps that it predicts.
+        target_size: values that it predicts per step; None for ``input_size``.
+        prediction_loss: "mse" or "huber".
+        huber_delta: error from which on the Huber loss is linear.
         num_labels: number of classes or of regression targets.
         problem_type: "single_label_classification", "multi_label_classification" or "regression"; inferred from the labels
             when None.
@@ -146,6 +157,12 @@ class LMUConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    horizon: int = 1
+    prediction_length: int = 1
+    target_size: int | None = None
+    prediction_loss: str = "mse"
+    huber_delta: int | float = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         known = [field.name for field in fields(self)]
@@ -177,7 +194,8 @@ class LMUConfig(PreTrainedConfig):
         _check_choice("block_type", self.block_type, BLOCK_TYPES)
         _check_choice("pooling", self.pooling, POOLINGS)
         _check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
-        for name in ("num_hidden_layers", "input_size"):
+        _check_choice("prediction_loss", self.prediction_loss, PREDICTION_LOSSES)
+        for name in ("num_hidden_layers", "input_size", "horizon", "prediction_length"):
             _check_positive(name, getattr(self, name))
         if not self.id2label or sorted(self.id2label) != list(range(len(self.id2label))):
             raise ValueError(f"id2label: expected a name for each of 0 .. n-1, found {self.id2label!r}; set num_labels >= 1")
@@ -185,7 +203,9 @@ class LMUConfig(PreTrainedConfig):
             raise ValueError(f"layer_norm_epsilon: expected a positive number, found {self.layer_norm_epsilon}")
         if self.vocab_size is not None and self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id: expected a token below vocab_size={self.vocab_size}, found {self.pad_token_id}")
-        for name in ("vocab_size", "hidden_size", "intermediate_size"):
+        if self.huber_delta <= 0:
+            raise ValueError(f"huber_delta: expected a positive number, found {self.huber_delta}")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "target_size"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
         for name in ("classifier_dropout", "residual_dropout"):
@@ -278,3 +298,7 @@ def _check_choice(field: str, value: Any, choices: tuple) -> None:
 def _check_positive(field: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{field}: expected a whole number >= 1, found {value!r}")
+
+
+# Names this file in the `auto_map` of what is saved, and copies it there.
+LMUConfig.register_for_auto_class()

@@ -1,41 +1,39 @@
-"""The memory folded into the weights that read it: ``memory @ weight`` for every step without ever writing the memory.
+"""The memory folded into the weights that read it, so that no step needs the memory itself.
 
-A hidden cell reads the memory through one matrix K. In a chunk of C steps that starts at m0 and is driven by u[1..C],
+What reads the memory, a hidden cell's gates or the feedback into u, does so through one matrix K. In a chunk of C steps that
+starts at m0 and is driven by u[0..C-1],
 
-    m[j] K = m0 A^j K + sum_{i<=j} u[i] H[j-i] K,     H[lag] = A^lag B
+    m[j] K = m0 A^(j+1) K + sum_{i<=j} u[i] H[j-i] K,     H[lag] = A^lag B
 
-so with A^j K and H[lag] K computed once, all steps of all chunks are two large products, and of the memory only its value at
-the start of each chunk is needed. Orders above the hidden size save most.
+so with A^i K and H[lag] K computed once, all that is needed of the memory is its value at the start of each chunk.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .legendre import DelaySystem
-from .memory import fold_rows, fold_state, linear_memory, unfold_state
+from .memory import linear_memory
 
-_CHUNK = 16
-
-
-def worth_folding(batch: int, steps: int, memory_d: int, order: int, width: int) -> bool:
-    """Whether folding takes fewer operations than writing the memory; ``width`` is the number of columns of K."""
-    if steps < 2 * _CHUNK:
-        return False
-    writes = batch * steps * memory_d * order * (_CHUNK + order)
-    folds = batch * steps * memory_d * (_CHUNK * width + order * order / _CHUNK)
-    # Forward and backward, twice; the operators themselves are built once forward and twice backward.
-    build = _CHUNK * memory_d * order * order * width
-    return folds + build < 0.8 * writes
+if TYPE_CHECKING:
+    from .lmu_cell import LMUCell
 
 
 def applied_powers(weight: Tensor, system: DelaySystem, memory_d: int, count: int) -> Tensor:
     """(A^T)^i K for i = 0 .. count, (count + 1, D, N, W), for a weight K (D * N, W). Differentiable in K and theta."""
-    Ad, _ = system.matrices(weight.dtype, weight.device)
-    applied = [weight.view(memory_d, system.order, -1)]
-    for _ in range(count):
-        applied.append(Ad.mT @ applied[-1])
-    return torch.stack(applied)
+    by_dimension = weight.view(memory_d, system.order, -1)
+    # (S, N, i, D / S, W): the dimensions that share a system are columns of one product.
+    applied = by_dimension.transpose(0, 1)[None, :, None] if system.scales == 1 else by_dimension[:, :, None, None]
+    while applied.shape[2] <= count:
+        # Doubling: as many products as count has binary digits.
+        held = applied.shape[2]
+        more = applied[:, :, : count + 1 - held]
+        power = system.power(held, weight.dtype, weight.device).mT
+        applied = torch.cat([applied, (power @ more.flatten(2)).unflatten(2, more.shape[2:])], dim=2)
+    return applied[0].permute(1, 2, 0, 3) if system.scales == 1 else applied[:, :, :, 0].permute(2, 0, 1, 3)
 
 
 def short_kernel(powers: Tensor, system: DelaySystem) -> Tensor:
@@ -44,50 +42,65 @@ def short_kernel(powers: Tensor, system: DelaySystem) -> Tensor:
     return torch.einsum("idnw,dn->idw", powers, Bd.expand(powers.shape[1], -1))
 
 
-def folded_memory(
-    u: Tensor, system: DelaySystem, weight: Tensor, memory: Tensor, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``linear_memory(u)`` flattened, times ``weight``.
+def feedback_operators(
+    cell: LMUCell, input_weight: Tensor, hidden_weight: Tensor | None, system: DelaySystem, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The matrices of a chunk whose u depends on the state, differentiable in the weights. W = D + G.
 
     Args:
-        u: memory input (B, T, D), float32 or float64, zero past a row's length.
+        cell: the cell.
+        input_weight: K, [m, x] -> gates, (D * N or more, G).
+        hidden_weight: h -> gates (H, G), or None.
         system: the delay system.
-        weight: K (D * N, W).
-        memory: m before the first step (B, D, N).
-        lengths: number of valid steps per row (B,), or None for all.
+        chunk: steps per chunk C.
 
     Returns:
-        (B, T, W), without meaning past a row's length, and the memory after each row's last valid step (B, D, N).
+        fold (D * N, C * W): the memory at the start of the chunk -> its part of the chunk's u and gates; step
+        ((C - 1) * D + H, W): [u of the chunk so far, h] -> its part of the next u and gates; direct (D, G): u -> the gates of
+        its own step, which is already contained in the other two.
     """
-    batch, steps, dims = u.shape
-    chunks = -(-steps // _CHUNK)
-    u = F.pad(u, (0, 0, 0, chunks * _CHUNK - steps))
-    powers = applied_powers(weight, system, dims, _CHUNK)
-    kernel = short_kernel(powers[:_CHUNK], system)
-    lag = torch.arange(_CHUNK, device=u.device)[None, :] - torch.arange(_CHUNK, device=u.device)[:, None]
-    # (C, D, C, W): input i of the chunk -> step j, zero for j < i.
+    dims, order = cell.memory_d, cell.order
+    memory_weight = input_weight[: dims * order]
+    recurrent = memory_weight.new_zeros(dims * order, dims)
+    if cell.recurrent_kernel is not None:
+        recurrent = cell.recurrent_kernel.to(memory_weight.dtype)
+    powers = applied_powers(torch.cat([recurrent, memory_weight], dim=1), system, dims, chunk)
+    short = short_kernel(powers, system)
+    direct = short[0, :, dims:]
+
+    # u sees the memory before the step, the gates the one after it, to which the u of the step has contributed.
+    to_u = powers[:chunk, ..., :dims]
+    to_gates = powers[1:, ..., dims:] + to_u @ direct
+    fold = torch.cat([to_u, to_gates], dim=-1).permute(1, 2, 0, 3).reshape(dims * order, -1)
+    kernel_u = short[: chunk - 1, :, :dims]
+    kernel_gates = short[1:chunk, :, dims:] + kernel_u @ direct
+    kernel = torch.cat([kernel_u, kernel_gates], dim=-1).flip(0).flatten(0, 1)
+    # Of h; without hidden_to_memory there are no such rows, and no h.
+    encoder = encoder_matrix(cell, memory_weight)[cell.input_size :]
+    from_hidden = encoder @ direct if hidden_weight is None else hidden_weight + encoder @ direct
+    return fold, torch.cat([kernel, torch.cat([encoder, from_hidden], dim=1)]), direct
+
+
+def encoder_matrix(cell: LMUCell, like: Tensor) -> Tensor:
+    """The kernel, [x, h] -> u, in the dtype of ``like``; without one, what enters is u itself."""
+    if cell.kernel is None:
+        return torch.eye(cell.encoder_size, dtype=like.dtype, device=like.device)
+    return cell.kernel.to(like.dtype)
+
+
+def input_operators(memory_weight: Tensor, system: DelaySystem, memory_d: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """The matrices of a chunk whose u is known in advance, for K = ``memory_weight`` (D * N, G).
+
+    Returns:
+        fold (D * N, C * G): the memory at the start of the chunk -> its part of the chunk's gates; from_u (C * D, C * G): the u
+        of the chunk -> theirs.
+    """
+    powers = applied_powers(memory_weight, system, memory_d, chunk)
+    kernel = short_kernel(powers[:chunk], system)
+    lag = torch.arange(chunk, device=kernel.device)[None, :] - torch.arange(chunk, device=kernel.device)[:, None]
+    # (C, D, C, G): input i of the chunk -> step j, zero for j < i.
     toeplitz = (kernel[lag.clamp(min=0)] * (lag >= 0)[..., None, None]).transpose(1, 2)
-    from_memory = powers[1:].permute(1, 2, 0, 3).flatten(0, 1).flatten(1)
-
-    starts = chunk_starts(u, system, memory)
-    by_chunk = u.unflatten(1, (chunks, _CHUNK)).flatten(0, 1).flatten(1)
-    result = torch.addmm(by_chunk @ toeplitz.flatten(0, 1).flatten(1), starts.flatten(0, 1), from_memory)
-    final = final_memory(u, starts, system, steps, lengths)
-    return result.view(batch, chunks * _CHUNK, -1)[:, :steps], final
-
-
-def chunk_starts(u: Tensor, system: DelaySystem, memory: Tensor) -> Tensor:
-    """The memory at the start of each chunk (B, K, D * N), for u (B, K * C, D)."""
-    power = system.power(_CHUNK, u.dtype, u.device).mT
-    response = system.impulse_response(_CHUNK, u.dtype, u.device).flip(1)
-    # What each chunk adds, in one product; then one small product per chunk to carry it on.
-    driven = fold_rows(u, system.scales).unflatten(2, (-1, _CHUNK)) @ response[:, None]
-    state = fold_state(memory, system.scales)
-    starts = [state]
-    for index in range(driven.shape[2] - 1):
-        state = torch.baddbmm(driven[:, :, index], state, power)
-        starts.append(state)
-    return torch.stack([unfold_state(state, memory.shape).flatten(1) for state in starts], dim=1)
+    return powers[1:].permute(1, 2, 0, 3).flatten(0, 1).flatten(1), toeplitz.flatten(0, 1).flatten(1)
 
 
 def final_memory(u: Tensor, starts: Tensor, system: DelaySystem, steps: int, lengths: Tensor | None) -> Tensor:

@@ -30,6 +30,11 @@ class GateWeights(NamedTuple):
     hidden_weight: Tensor | None
     bias: Tensor | None
 
+    def to(self, dtype: torch.dtype) -> "GateWeights":
+        """The same in another dtype."""
+        tensors = (self.input_weight, self.hidden_weight, self.bias)
+        return GateWeights(self.kind, *(None if tensor is None else tensor.to(dtype) for tensor in tensors))  # type: ignore
+
 
 def gate_weights(cell: nn.Module | None) -> GateWeights | None:
     """The gate form of a hidden cell, differentiable in its weights; None if the cell has none."""
@@ -94,9 +99,9 @@ class Gates:
 
     @classmethod
     def allocate(cls, states: tuple[Tensor, ...], steps: int) -> tuple[Tensor, ...]:
-        """Room for what a run of ``steps`` steps keeps: first one (B, T, H) per state, zero where no step comes."""
+        """Room for what a run of ``steps`` steps keeps: first one (B, T, H) per state. Not initialised."""
         batch, size = states[0].shape
-        return (states[0].new_zeros(batch, steps, size),)
+        return (states[0].new_empty(batch, steps, size),)
 
     def step(self, t: int, gates: Tensor) -> Tensor:
         """Computes and keeps the output (B, H) of step ``t`` from its gates (B, G)."""
@@ -189,7 +194,7 @@ class _LSTM(Gates):
     @classmethod
     def allocate(cls, states: tuple[Tensor, ...], steps: int) -> tuple[Tensor, ...]:
         batch, size = states[0].shape
-        cell = states[0].new_zeros(batch, steps, size)
+        cell = states[0].new_empty(batch, steps, size)
         return (*super().allocate(states, steps), cell, cell.new_empty(batch, steps, 4 * size))
 
     def step(self, t: int, gates: Tensor) -> Tensor:

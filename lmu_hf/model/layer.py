@@ -13,11 +13,15 @@ from torch import Tensor, nn
 
 from .cell_registry import HiddenCellSpec
 from .cells import is_recurrent
-from .folding import folded_memory, worth_folding
-from .gates import GateWeights, gate_weights
-from .legendre import DelaySystem
+from .gates import gate_weights
 from .lmu_cell import LMUCell
-from .lookahead import gated_scan, lookahead_input, lookahead_recurrence, unsupported
+from .lookahead import (
+    gated_scan,
+    lookahead_input,
+    lookahead_recurrence,
+    uncoupled_recurrence,
+    unsupported,
+)
 from .memory import ALGORITHMS, linear_memory
 from .ragged import blank, check_lengths, last_valid, pack, reverse, to_front, to_place, where_started
 from .recurrence import naive_recurrence, naive_scan
@@ -251,14 +255,15 @@ class LMU(nn.Module):
         """Runs one direction over rows whose valid steps come first."""
         state = cell.check_state(initial_state, x)
         dropout, system = cell.sample_dropout(x), cell.system()
-        naive = self.algorithm == "naive"
+        # A single step has nothing to look ahead to, and an exported graph cannot hold the autograd function of the fast loops.
+        simple = (x.shape[1] == 1 or torch.compiler.is_exporting()) and (cell.coupled or self._hidden_is_recurrent)
+        naive = self.algorithm == "naive" or (self.algorithm == "auto" and simple)
         weights = None if naive else gate_weights(cell.hidden_cell)
         if cell.coupled and not naive:
             reason = unsupported(cell, weights, dropout)
             if reason is not None and self.algorithm == "lookahead":
                 raise ValueError(f"algorithm: 'lookahead' cannot run this layer, because {reason}; use 'auto' or 'naive'")
-            # A single step has nothing to look ahead to.
-            naive = reason is not None or (self.algorithm == "auto" and x.shape[1] == 1)
+            naive = reason is not None
         if naive:
             return naive_recurrence(cell, x, state, lengths, system, dropout, return_sequence=return_sequences)
         if cell.hidden_to_memory:
@@ -272,7 +277,11 @@ class LMU(nn.Module):
         # None rather than zeros where there is no state: its response need not be computed.
         start = None if initial_state is None else state.memory
         if weights is not None and self._hidden_is_recurrent and x.shape[1] > 1:
-            base, final_memory = self._gate_inputs(cell, weights, x, u, start, lengths, system, algorithm)
+            if algorithm == "auto":
+                return uncoupled_recurrence(cell, weights, x, u, state, lengths, system, return_sequence=return_sequences)
+            states, final_memory = linear_memory(u, system, start, lengths, algorithm=algorithm)
+            assert states is not None
+            base = nn.functional.linear(cell.hidden_input(states, x), weights.input_weight.mT, weights.bias)
             output, hidden = gated_scan(weights, base, state.hidden, lengths, return_sequence=return_sequences)
             return output, LMUState(final_memory, hidden)
         hidden_cell = cell.hidden_cell
@@ -295,32 +304,6 @@ class LMU(nn.Module):
             hidden = tuple(last_valid(tensor, lengths) for tensor in hidden)
         hidden = tuple(where_started(new, old, lengths) for new, old in zip(hidden, state.hidden, strict=True))
         return output, LMUState(final_memory, hidden)
-
-    @staticmethod
-    def _gate_inputs(
-        cell: LMUCell,
-        weights: GateWeights,
-        x: Tensor,
-        u: Tensor,
-        start: Tensor | None,
-        lengths: Tensor | None,
-        system: DelaySystem,
-        algorithm: str,
-    ) -> tuple[Tensor, Tensor]:
-        """What memory and inputs contribute to the gates of a hidden cell (B, T, G), and the final memory, in bulk."""
-        batch, steps, dims = u.shape
-        if algorithm != "auto" or not worth_folding(batch, steps, dims, cell.order, weights.input_weight.shape[1]):
-            states, memory = linear_memory(u, system, start, lengths, algorithm=algorithm)
-            assert states is not None
-            return nn.functional.linear(cell.hidden_input(states, x), weights.input_weight.mT, weights.bias), memory
-        of_memory, of_input = weights.input_weight.tensor_split([dims * cell.order])
-        dtype = torch.promote_types(u.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            before = u.new_zeros(batch, dims, cell.order, dtype=dtype) if start is None else start
-            base, memory = folded_memory(blank(u.to(dtype), lengths), system, of_memory.to(dtype), before, lengths)
-        if cell.input_to_hidden:
-            base = base + x @ of_input
-        return (base if weights.bias is None else base + weights.bias), memory
 
     def extra_repr(self) -> str:
         names = ("return_sequences", "return_state", "time_major", "stateful", "go_backwards", "bidirectional")

@@ -241,14 +241,13 @@ class DelaySystem:
 
         return self._cached(("power", exponent), dtype, device, build)[0]
 
-    def chunk_operator(self, size: int, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """The operator that advances the memory by a chunk of ``size`` steps at once.
+    def chunk_operator(self, size: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """The operator that advances the memory by a chunk of ``size`` steps at once, (S, N + size, size * N).
 
-        Returns:
-            ``from_input`` (S, size, size * N) and ``from_state`` (S, N, size * N), such that the states after each step
-            of the chunk are ``u_chunk @ from_input + m_start @ from_state``, flattened step-major.
+        The states after each step of the chunk, step-major, are ``[m_start, u_chunk] @ operator``. Causal: a shorter chunk of
+        k steps needs its first N + k rows and k * N columns only.
         """
-        return self._cached(("chunk", size), dtype, device, lambda: self._chunk_operator(size))  # type: ignore[return-value]
+        return self._cached(("chunk", size), dtype, device, lambda: (self._chunk_operator(size),))[0]
 
     def _impulse_response(self, length: int) -> Tensor:
         # Doubling: H[k:2k] = Ad^k H[0:k], log2(length) products instead of length.
@@ -259,7 +258,7 @@ class DelaySystem:
                 power = power @ power
         return response[:, :length]
 
-    def _chunk_operator(self, size: int) -> tuple[Tensor, Tensor]:
+    def _chunk_operator(self, size: int) -> Tensor:
         powers = self.Ad[:, None]
         while powers.shape[1] < size:
             powers = torch.cat([powers, powers[:, -1:] @ powers], dim=1)
@@ -268,7 +267,7 @@ class DelaySystem:
         lag = torch.arange(size, device="cpu")[None, :] - torch.arange(size, device="cpu")[:, None]
         causal = (lag >= 0).to(impulse.dtype)[None, :, :, None]
         from_input = (impulse[:, lag.clamp(min=0)] * causal).flatten(2)
-        return from_input, from_state
+        return torch.cat([from_state, from_input], dim=1)
 
     def _cached(
         self, key: tuple, dtype: torch.dtype, device: torch.device | str, build: Callable[[], tuple[Tensor, ...]]

@@ -283,7 +283,10 @@ class LMUCell(nn.Module):
         """The delay system of the present theta. Call it once per forward: a trained theta costs a matrix exponential."""
         if self._fixed_system is not None:
             return self._fixed_system
-        return DelaySystem(self._admissible_theta_inv(), self.order, self.discretizer)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return DelaySystem(self._admissible_theta_inv(), self.order, self.discretizer)
+        theta = self.theta.tolist()  # kept as long as it does not change, for streams of single steps
+        return delay_system(self.order, tuple(theta) if isinstance(theta, list) else theta, self.discretizer)
 
     def initial_state(self, x: Tensor) -> LMUState:
         """The state before the first step, zeros, for inputs ``x`` (B, ...)."""
@@ -299,7 +302,7 @@ class LMUCell(nn.Module):
         """
         if state is None:
             return self.initial_state(x)
-        tensors = state.tensors() if isinstance(state, LMUState) else tuple(state)
+        tensors = state.tensors() if hasattr(state, "tensors") else tuple(state)
         batch = x.shape[0]
         expected = [(batch, self.memory_d, self.order), *[(batch, size) for size in self.state_sizes]]
         found = [tuple(tensor.shape) for tensor in tensors]
@@ -429,12 +432,8 @@ class LMUCell(nn.Module):
             for name in ("trainable_theta", "hidden_to_memory", "memory_to_memory", "input_to_hidden")
             if getattr(self, name)
         ]
-        return ", ".join(
-            [
-                f"{self.input_size}, memory_d={self.memory_d}, order={self.order}, theta={theta}, {self.discretizer}",
-                *flags,
-            ]
-        )
+        sizes = f"{self.input_size}, memory_d={self.memory_d}, order={self.order}, theta={theta}, {self.discretizer}"
+        return ", ".join([sizes, *flags])
 
 
 def _check_count(field: str, value: Any) -> int:

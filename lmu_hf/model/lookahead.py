@@ -19,16 +19,16 @@ advance the memory by a chunk.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .folding import applied_powers, final_memory, short_kernel
-from .gates import GATES, GateWeights
+from .chunked_scan import ChunkOperators, chunked_scan
+from .folding import encoder_matrix, feedback_operators, final_memory, input_operators
+from .gates import GateWeights
 from .legendre import DelaySystem
-from .memory import fold_rows, fold_state, unfold_rows, unfold_state
 from .ragged import blank, last_valid, where_started
 from .state import Dropout, LMUState
 
@@ -81,6 +81,47 @@ def lookahead_input(cell: LMUCell, x: Tensor, memory: Tensor, system: DelaySyste
     return u[:, : x.shape[1]]
 
 
+def uncoupled_recurrence(
+    cell: LMUCell,
+    weights: GateWeights,
+    x: Tensor,
+    u: Tensor,
+    state: LMUState,
+    lengths: Tensor | None,
+    system: DelaySystem,
+    *,
+    return_sequence: bool,
+) -> tuple[Tensor, LMUState]:
+    """Runs an LMU without feedback into the memory, whose input ``u`` (B, T, D) is known in advance.
+
+    The memory is folded into the weights that read it, or, where its order is small, written a few chunks at a time.
+    Otherwise like :func:`lookahead_recurrence`.
+    """
+    dtype, batch, steps, dims = torch.promote_types(x.dtype, torch.float32), *x.shape[:2], cell.memory_d
+    with torch.autocast(x.device.type, enabled=False):
+        kind, input_weight, hidden_weight, bias = weights.to(dtype)
+        assert hidden_weight is not None
+        of_memory, of_input = input_weight.tensor_split([dims * cell.order])
+        folds = worth_folding(batch, steps, dims, cell.order, input_weight.shape[1])
+        chunk = 16 if folds else 32
+        operators = ChunkOperators(
+            hidden_weight, system.power(chunk, dtype, x.device), system.impulse_response(chunk, dtype, x.device).flip(1)
+        )
+        if folds:
+            fold, from_u = input_operators(of_memory, system, dims, chunk)
+            operators = operators._replace(fold=fold, from_u=from_u)
+        else:
+            operators = operators._replace(states=system.chunk_operator(chunk, dtype, x.device), read=of_memory)
+        u = F.pad(blank(u.to(dtype), lengths), (0, 0, 0, -steps % chunk))
+        given: tuple[Tensor | None, Tensor | None] = (x.to(dtype), of_input) if cell.input_to_hidden else (None, None)
+        hidden = tuple(part.to(dtype) for part in state.hidden)
+        _, starts, sequences = chunked_scan(kind, *given, bias, u, state.memory.to(dtype), operators, hidden, steps)
+        assert starts is not None
+        memory = final_memory(u, starts, system, steps, lengths)
+    output, hidden = _finish(sequences, state.hidden, lengths, return_sequence)
+    return output.to(x.dtype), LMUState.of((memory, *hidden))
+
+
 def gated_scan(
     weights: GateWeights, base: Tensor, state: State, lengths: Tensor | None, *, return_sequence: bool
 ) -> tuple[Tensor, State]:
@@ -98,24 +139,24 @@ def gated_scan(
     Returns:
         Outputs and state like ``naive_scan``, in the dtype of ``state``.
     """
-    assert weights.hidden_weight is not None
     dtype = torch.promote_types(base.dtype, torch.float32)
     with torch.autocast(base.device.type, enabled=False):
-        none = base.new_zeros(base.shape[0], 0, 0, dtype=dtype)
-        empty = none.new_zeros(0, 0, 0)
-        _, _, *sequences = _Lookahead.apply(
-            weights.kind,
-            base.shape[1],
-            base.to(dtype),
-            none,
-            none.new_zeros(0, base.shape[-1]),
-            weights.hidden_weight.to(dtype),
-            empty,
-            empty,
-            *(part.to(dtype) for part in state),
-        )
-    output, hidden = _finish(sequences, state, lengths, return_sequence)
-    return output.to(state[0].dtype), hidden
+        hidden_weight = weights.to(dtype).hidden_weight
+        assert hidden_weight is not None
+        hidden = tuple(part.to(dtype) for part in state)
+        operators = ChunkOperators(hidden_weight)
+        *_, sequences = chunked_scan(weights.kind, base.to(dtype), None, None, None, None, operators, hidden, base.shape[1])
+    output, final = _finish(sequences, state, lengths, return_sequence)
+    return output.to(state[0].dtype), final
+
+
+def worth_folding(batch: int, steps: int, memory_d: int, order: int, width: int, chunk: int = 16) -> bool:
+    """Whether folding takes fewer operations than writing the memory; ``width`` is the number of columns of K."""
+    writes = batch * steps * memory_d * order * (chunk + order)
+    folds = batch * steps * memory_d * chunk * width
+    # Forward and backward, twice; the operators themselves are built once forward and twice backward.
+    build = chunk * memory_d * order * order * width
+    return folds + build < writes
 
 
 def chunk_size(batch: int, steps: int, memory_d: int, order: int, hidden_size: int, width: int) -> int:
@@ -135,224 +176,38 @@ def chunk_size(batch: int, steps: int, memory_d: int, order: int, hidden_size: i
 
 def _run(
     cell: LMUCell, x: Tensor, memory: Tensor, hidden: State, weights: GateWeights, system: DelaySystem, dropout: Dropout
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, State]:
     """Returns u (B, K * C, D), the memory at the start of each chunk (B, K, D * N), and the state sequences (B, T, H)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    x, batch, steps = x.to(dtype), x.shape[0], x.shape[1]
-    kind, input_weight, hidden_weight, bias = weights
-    size, gates = hidden[0].shape[1], input_weight.shape[1]
-    chunk = chunk_size(batch, steps, cell.memory_d, cell.order, size, cell.memory_d + gates)
-    chunks = -(-steps // chunk)
-    fold, step, direct = _operators(cell, input_weight.to(dtype), hidden_weight, size, system, chunk)
+    batch, steps = x.shape[:2]
+    kind, input_weight, hidden_weight, bias = weights.to(dtype)
+    chunk = chunk_size(batch, steps, cell.memory_d, cell.order, hidden[0].shape[1], cell.memory_d + input_weight.shape[1])
+    fold, step, direct = feedback_operators(cell, input_weight, hidden_weight, system, chunk)
 
     # What the inputs contribute, in one product: x -> u, and x -> gates, directly and through u.
-    to_u = _encoder(cell, dtype, x.device)[: cell.input_size]
+    to_u = encoder_matrix(cell, input_weight)[: cell.input_size]
     to_gates = to_u @ direct
-    if cell.input_to_hidden and gates:
-        to_gates = to_gates + input_weight[cell.memory_d * cell.order :].to(dtype)
+    if cell.input_to_hidden and input_weight.shape[1]:
+        to_gates = to_gates + input_weight[cell.memory_d * cell.order :]
     constant = None
     if cell.bias is not None or bias is not None:
         u_bias = to_u.new_zeros(cell.memory_d) if cell.bias is None else cell.bias.to(dtype)
         gate_bias = u_bias @ direct
-        constant = torch.cat([u_bias, gate_bias if bias is None else gate_bias + bias.to(dtype)])
-    x = x if dropout.encoder is None else x * dropout.encoder[:, None]
-    x = F.pad(x, (0, 0, 0, chunks * chunk - steps))
-    base = F.linear(x, torch.cat([to_u, to_gates], dim=1).mT, constant)
+        constant = torch.cat([u_bias, gate_bias if bias is None else gate_bias + bias])
+    x = x.to(dtype) if dropout.encoder is None else x.to(dtype) * dropout.encoder[:, None]
     power = system.power(chunk, dtype, x.device)
     response = system.impulse_response(chunk, dtype, x.device).flip(1)
-    u, starts, *sequences = _Lookahead.apply(
-        kind, steps, base, memory.to(dtype), fold, step, power, response, *(part.to(dtype) for part in hidden)
-    )
-    return u, starts, [sequence[:, :steps] for sequence in sequences]
+    operators = ChunkOperators(step, power, response, fold)
+    hidden = tuple(part.to(dtype) for part in hidden)
+    inputs = (x, torch.cat([to_u, to_gates], dim=1), constant)
+    u, starts, sequences = chunked_scan(kind, *inputs, None, memory.to(dtype), operators, hidden, steps)
+    assert u is not None
+    assert starts is not None
+    return u, starts, sequences
 
 
-def _operators(
-    cell: LMUCell, input_weight: Tensor, hidden_weight: Tensor | None, size: int, system: DelaySystem, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The matrices of the time loop, differentiable in the weights.
-
-    Returns:
-        fold (D * N, C * W): the memory at the start of a chunk -> its part of the chunk's results; step ((C - 1) * D + H, W):
-        [u of the chunk so far, h] -> its part of the next result; direct (D, G): u -> the gates of its own step, which is
-        already contained in the other two.
-    """
-    dims, order = cell.memory_d, cell.order
-    dtype, device = input_weight.dtype, input_weight.device
-    memory_weight = input_weight[: dims * order]
-    recurrent = memory_weight.new_zeros(dims * order, dims)
-    if cell.recurrent_kernel is not None:
-        recurrent = cell.recurrent_kernel.to(dtype)
-    powers = applied_powers(torch.cat([recurrent, memory_weight], dim=1), system, dims, chunk)
-    short = short_kernel(powers, system)
-    direct = short[0, :, dims:]
-
-    to_u = powers[:chunk, ..., :dims]
-    to_gates = powers[1:, ..., dims:] + to_u @ direct
-    fold = torch.cat([to_u, to_gates], dim=-1).permute(1, 2, 0, 3).reshape(dims * order, -1)
-    kernel_u = short[: chunk - 1, :, :dims]
-    kernel_gates = short[1:chunk, :, dims:] + kernel_u @ direct
-    kernel = torch.cat([kernel_u, kernel_gates], dim=-1).flip(0).flatten(0, 1)
-    encoder = _encoder(cell, dtype, device)[cell.input_size :]  # of h; empty without hidden_to_memory, where size is 0
-    from_hidden = encoder @ direct if hidden_weight is None else hidden_weight.to(dtype) + encoder @ direct
-    return fold, torch.cat([kernel, torch.cat([encoder, from_hidden], dim=1)]), direct
-
-
-def _encoder(cell: LMUCell, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The kernel, [x, h] -> u; without one, what enters is u itself."""
-    if cell.kernel is None:
-        return torch.eye(cell.encoder_size, dtype=dtype, device=device)
-    return cell.kernel.to(dtype)
-
-
-def _finish(sequences: list[Tensor], before: State, lengths: Tensor | None, return_sequence: bool) -> tuple[Tensor, State]:
+def _finish(sequences: State, before: State, lengths: Tensor | None, return_sequence: bool) -> tuple[Tensor, State]:
     last = tuple(last_valid(sequence, lengths) for sequence in sequences)
     output = blank(sequences[0], lengths) if return_sequence else last[0]
     final = tuple(where_started(new, old, lengths).to(old.dtype) for new, old in zip(last, before, strict=True))
     return output, final
-
-
-class _Lookahead(torch.autograd.Function):
-    """The time loop and its adjoint.
-
-    Args:
-        kind: the pointwise step of the hidden cell, a key of ``GATES``.
-        steps: number of steps T; the tensors have K * C >= T.
-        base: what is known in advance of each result (B, K * C, W).
-        memory: m before the first step (B, D, N).
-        fold, step, power, response: the operators; power is P (S, N, N), A^C, and response Q (S, C, N), A^(C-1-i) B.
-        states: hidden state tensors before the first step, (B, H) each.
-
-    Returns:
-        u (B, K * C, D), the memory at the start of each chunk (B, K, D * N), and each state tensor after every step
-        (B, K * C, H).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        kind: str,
-        steps: int,
-        base: Tensor,
-        memory: Tensor,
-        fold: Tensor,
-        step: Tensor,
-        power: Tensor,
-        response: Tensor,
-        *states: Tensor,
-    ) -> tuple[Tensor, ...]:
-        batch, total, width = base.shape
-        dims, size = memory.shape[1], states[0].shape[1]
-        chunk = response.shape[1] if dims else total
-        kept = GATES[kind].allocate(states, total)
-        gates = GATES[kind](states, kept)
-        u = base.new_zeros(batch, total, dims)
-        starts = base.new_empty(batch, total // chunk, dims * memory.shape[2])
-        # One row per sequence: the u of the chunk so far, then h.
-        row = base.new_empty(batch, chunk * dims + size)
-        row[:, :size] = output = states[0]
-        matrices = [step[(chunk - 1 - j) * dims :] for j in range(chunk)] if dims else []
-        for index, first in enumerate(range(0, total, chunk)):
-            count = min(chunk, steps - first)
-            result = base[:, first : first + chunk]
-            if dims:
-                starts[:, index] = memory.flatten(1)
-                result = torch.addmm(result.flatten(1), starts[:, index], fold).view(batch, chunk, width)
-            for j in range(count):
-                if not dims:
-                    output = gates.step(first + j, torch.addmm(result[:, j], output, step))
-                    continue
-                now = torch.addmm(result[:, j], row[:, : j * dims + size], matrices[j])
-                output = gates.step(first + j, now[:, dims:])
-                row[:, j * dims : (j + 1) * dims] = now[:, :dims]
-                row[:, (j + 1) * dims : (j + 1) * dims + size] = output
-            if dims:
-                u[:, first : first + count] = row[:, : count * dims].view(batch, count, dims)
-                if first + chunk < total:
-                    memory = _advance(memory, u[:, first : first + chunk], power, response)
-                    row[:, :size] = output
-        ctx.save_for_backward(fold, step, power, response, u, starts, *states, *kept)
-        ctx.kind, ctx.steps, ctx.states = kind, steps, len(states)
-        return u, starts, *kept[: len(states)]
-
-    @staticmethod
-    def backward(ctx: Any, grad_u: Tensor, grad_starts: Tensor, *grad_sequences: Tensor) -> tuple:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the look-ahead recurrence has no second derivative; set algorithm='naive' on the layer for create_graph=True"
-            )
-        fold, step, power, response, u, starts, *rest = ctx.saved_tensors
-        states, kept = tuple(rest[: ctx.states]), tuple(rest[ctx.states :])
-        gates = GATES[ctx.kind](states, kept)
-        gates.load_gradients(grad_sequences)
-        batch, total, dims = u.shape
-        size, width = states[0].shape[1], step.shape[1]
-        chunk = response.shape[1] if dims else total
-        order = power.shape[-1]
-        grad_base = u.new_zeros(batch, total, width)
-        grad_power, grad_response = torch.zeros_like(power), torch.zeros_like(response)
-        grad_memory: Tensor | None = None  # of the memory at the end of the chunk
-        carry = u.new_zeros(batch, size)
-        matrices = [step[(chunk - 1 - j) * dims :].mT for j in range(chunk)] if dims else []
-        for index in reversed(range(total // chunk)):
-            first = index * chunk
-            inputs = grad_u[:, first : first + chunk].flatten(1).clone()
-            if grad_memory is not None:
-                # What the memory at the end of the chunk sends back to the u of the chunk.
-                sent = fold_state(grad_memory, len(response)) @ response.mT
-                inputs += unfold_rows(sent, batch).flatten(1)
-            for j in reversed(range(min(chunk, ctx.steps - first))):
-                now = grad_base[:, first + j]
-                direct = gates.back(first + j, grad_sequences[0][:, first + j] + carry, now[:, dims:])
-                if dims:
-                    now[:, :dims] = inputs[:, j * dims : (j + 1) * dims]
-                    past = now @ matrices[j]
-                    inputs[:, : j * dims] += past[:, : j * dims]
-                    carry = past[:, j * dims :]
-                else:
-                    carry = now @ step.mT
-                if direct is not None:
-                    carry = carry + direct
-            if dims:
-                start = torch.addmm(grad_starts[:, index], grad_base[:, first : first + chunk].flatten(1), fold.mT)
-                start = start.view(batch, dims, order)
-                if grad_memory is not None:
-                    rows = fold_state(grad_memory, len(power))
-                    start = start + unfold_state(rows @ power, start.shape)
-                    if ctx.needs_input_grad[6]:
-                        grad_power += rows.mT @ fold_state(starts[:, index].view_as(start), len(power))
-                        grad_response += fold_rows(u[:, first : first + chunk], len(power)).mT @ rows
-                grad_memory = start
-        grad_fold = None
-        if dims and ctx.needs_input_grad[4]:
-            grad_fold = starts.flatten(0, 1).mT @ grad_base.view(-1, chunk * width)
-        grad_step = _step_gradient(u, states[0], kept[0], grad_base, chunk) if ctx.needs_input_grad[5] else None
-        if grad_memory is None:
-            grad_memory = u.new_zeros(batch, dims, order)
-        return (
-            None,
-            None,
-            grad_base,
-            grad_memory,
-            grad_fold,
-            grad_step,
-            grad_power if ctx.needs_input_grad[6] else None,
-            grad_response if ctx.needs_input_grad[7] else None,
-            *gates.initial_gradients(carry),
-        )
-
-
-def _advance(memory: Tensor, u: Tensor, power: Tensor, response: Tensor) -> Tensor:
-    """The memory a chunk later: m (B, D, N), u (B, C, D)."""
-    driven = fold_rows(u, len(power)) @ response
-    return unfold_state(torch.baddbmm(driven, fold_state(memory, len(power)), power.mT), memory.shape)
-
-
-def _step_gradient(u: Tensor, before: Tensor, hidden: Tensor, grad_base: Tensor, chunk: int) -> Tensor:
-    """Gradient of the step matrix from all steps at once."""
-    earlier = [before[:, None]] if hidden.shape[1] == 1 else [before[:, None], hidden[:, :-1]]
-    past = [torch.cat(earlier, dim=1)]
-    if u.shape[2]:
-        by_chunk = u.unflatten(1, (-1, chunk))
-        # The u of each lag, none before the chunk. Shifting these few numbers spares a copy of the gradients per lag.
-        past = [F.pad(by_chunk[:, :, :-lag], (0, 0, lag, 0)).flatten(1, 2) for lag in range(chunk - 1, 0, -1)] + past
-    return torch.cat(past, dim=2).flatten(0, 1).mT @ grad_base.flatten(0, 1)

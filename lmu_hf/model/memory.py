@@ -18,7 +18,10 @@ Axes: ``B T D N`` are batch, time, memory dimension, order. ``S`` is 1 when all 
 the algorithms the D (or 0) dimensions that share a system are folded into the batch: (S, R, ...) with S * R = B * D.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .legendre import DelaySystem
@@ -133,22 +136,88 @@ def memory_step(memory: Tensor, u: Tensor, Ad: Tensor, Bd: Tensor) -> Tensor:
 
 def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     inputs = fold_rows(u, system.scales)
-    rows, steps = inputs.shape[1:]
-    size = min(steps, _chunk_size(rows, system.order))
-    from_input, from_state = system.chunk_operator(size, u.dtype, u.device)
+    size = min(inputs.shape[2], _chunk_size(inputs.shape[1], system.order))
+    operator = system.chunk_operator(size, u.dtype, u.device)
     memory = None if initial_state is None else fold_state(initial_state, system.scales)
-    chunks = []
-    for start in range(0, steps, size):
-        count = min(size, steps - start)
-        # A short last chunk needs only the leading block of the operator, because the operator is causal.
-        span = count * system.order
-        chunk = inputs[..., start : start + count] @ from_input[:, :count, :span]
-        if memory is not None:
-            chunk = torch.baddbmm(chunk, memory, from_state[..., :span])
-        memory = chunk[..., -system.order :]
-        chunks.append(chunk)
-    states = torch.cat(chunks, dim=-1).unflatten(-1, (steps, system.order))
+    # Tracers follow plain operations only.
+    run = _plain_chunks if torch.compiler.is_compiling() else _Chunks.apply
+    states = run(inputs, memory, operator, size)
     return _finish(_unfold_sequence(states, u.shape), initial_state, lengths)
+
+
+def _plain_chunks(inputs: Tensor, memory: Tensor | None, operator: Tensor, size: int) -> Tensor:
+    """inputs (S, R, T), memory before them (S, R, N) or None, and the operator of ``size`` steps -> states (S, R, T, N)."""
+    order = operator.shape[1] - size
+    row = inputs.new_zeros(*inputs.shape[:2], order) if memory is None else memory
+    chunks = []
+    for part in inputs.split(size, dim=2):
+        count = part.shape[2]
+        chunk = torch.cat([row, part], dim=2) @ operator[:, : order + count, : count * order]
+        row = chunk[..., -order:]
+        chunks.append(chunk)
+    return torch.cat(chunks, dim=2).unflatten(2, (inputs.shape[2], order))
+
+
+class _Chunks(torch.autograd.Function):
+    """:func:`_plain_chunks`, written straight to its place, and differentiated by hand.
+
+    By hand because the backward pass is the forward pass transposed and needs no states, where autograd would keep, cut and sum
+    up tensors of the size of all states.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, memory: Tensor | None, operator: Tensor, size: int) -> Tensor:
+        scales, rows, steps = inputs.shape
+        order = operator.shape[1] - size
+        states = inputs.new_empty(scales, rows, steps * order)
+        row = inputs.new_zeros(scales, rows, order + size)
+        if memory is not None:
+            row[..., :order] = memory
+        for start in range(0, steps, size):
+            count = min(size, steps - start)
+            row[..., order : order + count] = inputs[..., start : start + count]
+            chunk = states[..., start * order : (start + count) * order]
+            _product(row[..., : order + count], operator[:, : order + count, : count * order], chunk)
+            row[..., :order] = chunk[..., -order:]
+        states = states.unflatten(2, (steps, order))
+        # Only the gradient of the operator, which a trained theta asks for, looks at the states again.
+        ctx.save_for_backward(operator, *((inputs, memory, states) if ctx.needs_input_grad[2] else ()))
+        ctx.size, ctx.order = size, order
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, grad_states: Tensor) -> tuple:
+        operator, *saved = ctx.saved_tensors
+        size, order = ctx.size, ctx.order
+        steps = grad_states.shape[2]
+        grad_inputs, carry, grad_operator = [], None, None
+        # Nothing in place: the same lines then serve a second derivative.
+        for start in reversed(range(0, steps, size)):
+            count = min(size, steps - start)
+            grad = grad_states[:, :, start : start + count].flatten(2)
+            used = operator[:, : order + count, : count * order]
+            grad_row = grad @ used.mT
+            if carry is not None:
+                grad_row = grad_row + carry @ used[..., -order:].mT
+            if saved:
+                inputs, memory, states = saved
+                before = memory if start == 0 else states[:, :, start - 1]
+                before = torch.zeros_like(states[:, :, 0]) if before is None else before
+                row = torch.cat([before, inputs[..., start : start + count]], dim=2)
+                full = grad if carry is None else torch.cat([grad[..., :-order], grad[..., -order:] + carry], dim=2)
+                part = F.pad(row.mT @ full, (0, (size - count) * order, 0, size - count))
+                grad_operator = part if grad_operator is None else grad_operator + part
+            carry = grad_row[..., :order]
+            grad_inputs.append(grad_row[..., order:])
+        return torch.cat(grad_inputs[::-1], dim=2), (carry if ctx.needs_input_grad[1] else None), grad_operator, None
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out = left @ right for (S, ...) matrices, into a part of a larger tensor."""
+    if len(left) == 1:
+        torch.mm(left[0], right[0], out=out[0])
+    else:
+        torch.bmm(left, right, out=out)
 
 
 def _fft(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:

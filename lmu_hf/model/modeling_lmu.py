@@ -1,23 +1,25 @@
-"""LMU models in the conventions of transformers."""
+"""The LMU model in the conventions of transformers; its heads are in ``modeling_heads`` and ``modeling_series``."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_lmu import LMUCache, valid_steps
 from .cells import ACTIVATIONS, reset_hidden_cell
 from .configuration_lmu import LMUConfig
 from .layer import LMU
-from .lmu_cell import LMUCell
+from .offload import weights_at_hand
 from .ragged import Packing, blank, last_valid, pack, reverse, to_front, to_place
+from .streaming import LMUStreamer
 from .weights import is_loaded
 
 
@@ -28,12 +30,15 @@ class LMUModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: output of the last layer (batch, time, output_size), zero at padded steps; time is 1 where only
             the last step was asked for.
-        pooler_output: the output over time pooled as ``config.pooling`` says (batch, output_size).
+        pooler_output: the output over time pooled as ``config.pooling`` says (batch, output_size); over all steps since the
+            beginning where a state is carried.
+        past_key_values: the state after the last step, if asked for.
         hidden_states: with ``output_hidden_states``, the input of the first layer and the output of each.
     """
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
+    past_key_values: LMUCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -79,12 +84,19 @@ class LMUBlock(GradientCheckpointingLayer):
         """Features per step of the output."""
         return self.feed_forward.down_proj.out_features if self.residual else self.lmu.output_size
 
-    def forward(self, hidden_states: Tensor, packing: Packing | None = None, return_sequences: bool = True) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        packing: Packing | None = None,
+        past_key_values: LMUCache | None = None,
+        return_sequences: bool = True,
+    ) -> Tensor:
         """Runs the layer.
 
         Args:
             hidden_states: (batch, time, features).
             packing: where the valid steps lie; all are valid when None.
+            past_key_values: where the layer's state comes from and goes to.
             return_sequences: compute every step, or only the last valid one.
 
         Returns:
@@ -93,9 +105,12 @@ class LMUBlock(GradientCheckpointingLayer):
         lengths = None if packing is None else packing.lengths
         x = hidden_states if packing is None else to_front(hidden_states, packing)
         # Everything but the LMU works step by step, so the valid steps stay in front until the end.
-        output, _ = self.lmu.run(
-            self.mixer_norm(x) if self.residual else x, None, lengths, return_sequences=return_sequences
-        )
+        start = None if past_key_values is None else past_key_values.states[self.layer_idx]
+        inputs = self.mixer_norm(x) if self.residual else x
+        with weights_at_hand(self.lmu):
+            output, state = self.lmu.run(inputs, start, lengths, return_sequences=return_sequences)
+        if past_key_values is not None:
+            past_key_values.states[self.layer_idx] = state  # type: ignore[assignment]  # no state of two directions
         if not return_sequences:
             output = output[:, None]
         elif self.lmu.go_backwards:
@@ -117,24 +132,31 @@ class LMUPreTrainedModel(PreTrainedModel):
 
     config: LMUConfig
     base_model_prefix = "model"
-    main_input_name = "input_values"
+    main_input_name = "input_ids"
     input_modalities = ["text", "audio", "image"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = ["LMUBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["theta_inv"]  # noqa: RUF012
     _is_stateful = True
     _can_record_outputs = {"hidden_states": LMUBlock}  # noqa: RUF012
+    # The Auto classes of a head, beside AutoConfig and AutoModel: what its checkpoints can be loaded with.
+    _auto_classes: tuple[str, ...] = ()
+
+    #: Whether the head reads the pooled output rather than that of each step.
+    pools = False
 
     def __init__(self, config: LMUConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        if config.vocab_size is not None:
-            self.main_input_name = "input_ids"
+        if config.vocab_size is None:
+            self.main_input_name = "input_values"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, LMUCell):
-            module.reset_own_parameters()
+        # Parts are known by what they have: of the files that travel with a checkpoint a class may be loaded twice.
+        if callable(reset := getattr(module, "reset_own_parameters", None)):
+            reset()
         elif getattr(module, "is_hidden_cell", False):
             # A cell of the user's may write its weights in a way that transformers' guard of loaded ones does not see.
             loaded = [(parameter, parameter.clone()) for parameter in module.parameters() if is_loaded(parameter)]
@@ -142,13 +164,35 @@ class LMUPreTrainedModel(PreTrainedModel):
             for parameter, value in loaded:
                 parameter.copy_(value)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; this code travels along, so that ``trust_remote_code=True`` loads the model without lmu_hf.
+
+        Args:
+            save_directory: folder for weights, configuration and code; made if it is missing.
+            *args: see ``PreTrainedModel.save_pretrained``.
+            **kwargs: see ``PreTrainedModel.save_pretrained``.
+        """
+        # register_for_auto_class() would list one class only, and take a wrapper's (FSDP) file for the model's.
+        home = next(
+            cls for cls in type(self).__mro__ if issubclass(cls, LMUPreTrainedModel) and "_auto_classes" in vars(cls)
+        )
+        module = home.__module__.rpartition(".")[2]
+        self.config.auto_map = {
+            "AutoModel": "modeling_lmu.LMUModel",
+            **dict.fromkeys(home._auto_classes, f"{module}.{home.__name__}"),
+        }
+        if kwargs.get("is_main_process", True) and not os.path.isfile(save_directory):
+            os.makedirs(save_directory, exist_ok=True)
+            custom_object_save(home, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def set_algorithm(self, name: str) -> None:
         """Chooses the memory algorithm of every layer: "auto", "naive", "chunked", "fft", "final" or "lookahead". Not saved.
 
         Raises:
             ValueError: a layer cannot use it; no layer is changed then.
         """
-        layers = [module for module in self.modules() if isinstance(module, LMU)]
+        layers = self._lmus()
         before = [layer.algorithm for layer in layers]
         try:
             for layer in layers:
@@ -160,12 +204,37 @@ class LMUPreTrainedModel(PreTrainedModel):
 
     def regularization_loss(self) -> Tensor:
         """The sum of all layers' regularizers, a scalar. The heads add it to their loss."""
-        terms = [module.regularization_loss() for module in self.modules() if isinstance(module, LMUCell)]
+        terms = [layer.regularization_loss() for layer in self._lmus()]
         return torch.stack([term.to(self.device) for term in terms]).sum()
+
+    def _lmus(self) -> list[LMU]:
+        blocks: Any = self.base_model.layers
+        return [block.lmu for block in blocks]
+
+    def penalized(self, loss: Tensor, items: Tensor | int, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Adds the regularizers' penalty to the loss of ``items`` targets.
+
+        Of a batch that is one accumulation step of many, only its share is added, so that the shares add up to one.
+        """
+        penalty = self.regularization_loss().to(loss.device)
+        if num_items_in_batch is None:
+            return loss + penalty
+        total = num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+        return loss + items / total * penalty
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """What the head makes of the model's outputs (..., output_size); without a head these themselves."""
+        return hidden
+
+    def streamer(self, batch_size: int = 1) -> LMUStreamer:
+        """Feeds steps as they come, for ever and in constant memory; see :class:`LMUStreamer`."""
+        return LMUStreamer(self, batch_size)
 
 
 class LMUModel(LMUPreTrainedModel):
     """LMU layers over tokens, signals or embeddings, without a head."""
+
+    _auto_classes = ("AutoModel",)
 
     def __init__(self, config: LMUConfig):
         super().__init__(config)
@@ -194,6 +263,8 @@ class LMUModel(LMUPreTrainedModel):
         attention_mask: Tensor | None = None,
         input_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        past_key_values: LMUCache | None = None,
+        use_cache: bool | None = None,
         return_sequences: bool | None = None,
         **kwargs: Any,
     ) -> LMUModelOutput:
@@ -202,9 +273,11 @@ class LMUModel(LMUPreTrainedModel):
         Args:
             input_ids: tokens (batch, time), for a model with ``vocab_size``.
             attention_mask: non-zero where a step is valid (batch, time). Padding is exact wherever it lies: it never changes
-                another step's result, whatever it holds.
+                another step's result, whatever it holds. With ``past_key_values`` it may cover the steps before too.
             input_values: signals (batch, time, input_size), or (batch, time) if ``input_size`` is 1.
             inputs_embeds: embeddings (batch, time, input_size), in place of tokens or signals.
+            past_key_values: the state to go on from, updated in place.
+            use_cache: return the state after the last step; only where ``past_key_values`` is given when None.
             return_sequences: compute the output of every step, or only of the last valid one; as the configuration says when
                 None.
 
@@ -212,25 +285,58 @@ class LMUModel(LMUPreTrainedModel):
             :class:`LMUModelOutput`.
 
         Raises:
-            ValueError: not exactly one input was given, or a shape is wrong.
+            ValueError: not exactly one input was given, a shape is wrong, or a state is asked of a model that has none.
         """
         if return_sequences is None:
             return_sequences = self.config.return_sequences
         if not return_sequences and self.config.pooling != "last":
             raise ValueError(f"return_sequences: {self.config.pooling!r} pooling needs every step; leave out False")
         hidden_states = self._embed(input_ids, input_values, inputs_embeds)
-        packing = self._pack(attention_mask, hidden_states)
+        batch, steps = hidden_states.shape[:2]
+        cache = self._cache(past_key_values, use_cache, batch)
+        mask = valid_steps(attention_mask, batch, steps, cache)
+        packing = None if mask is None else pack(mask)
         if packing is not None:
             # Padding may hold anything, NaN included, and a product with zero does not remove that.
             hidden_states = hidden_states.masked_fill(~packing.mask[..., None], 0)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not hidden_states.requires_grad:
+            # A reentrant checkpoint gives the weights of a layer gradients only if the layer's input asks for one.
+            hidden_states = hidden_states.detach().requires_grad_()
         if self.input_proj is not None:
             hidden_states = self.input_proj(hidden_states)
         for index, block in enumerate(self.layers):
             last = index == len(self.layers) - 1
-            hidden_states = block(hidden_states, packing=packing, return_sequences=return_sequences or not last)
+            every = return_sequences or not last
+            hidden_states = block(hidden_states, packing=packing, past_key_values=cache, return_sequences=every)
         hidden_states = self.norm(hidden_states)
         pooled = self._pool(hidden_states, packing) if return_sequences else hidden_states[:, 0]
-        return LMUModelOutput(last_hidden_state=hidden_states, pooler_output=pooled)
+        if cache is not None:
+            lengths = None if packing is None else packing.lengths
+            newest = pooled if self.config.pooling == "last" else self._last(hidden_states, packing)
+            pooled = cache.advance(self.config.pooling, pooled, newest, lengths, steps)
+        return LMUModelOutput(
+            last_hidden_state=hidden_states, pooler_output=pooled.to(hidden_states.dtype), past_key_values=cache
+        )
+
+    def _cache(self, past_key_values: LMUCache | None, use_cache: bool | None, batch: int) -> LMUCache | None:
+        if past_key_values is None and not use_cache:
+            return None
+        if self.config.bidirectional or self.config.go_backwards:
+            field = "bidirectional" if self.config.bidirectional else "go_backwards"
+            raise ValueError(
+                f"use_cache: a model with {field}=True reads each sequence from its end, so the steps to come change what it "
+                "made of those before and no state can be carried on; run whole sequences"
+            )
+        if past_key_values is None:
+            return LMUCache(len(self.layers))
+        if not hasattr(past_key_values, "advance") or len(past_key_values) != len(self.layers):
+            raise ValueError(f"past_key_values: expected LMUCache({len(self.layers)}), found {past_key_values!r}")
+        if self.gradient_checkpointing and self.training:
+            raise ValueError(
+                "past_key_values: gradient checkpointing runs every layer twice and would advance the state twice; leave out one"
+            )
+        past_key_values.check_batch(batch)
+        return past_key_values
 
     def _embed(self, input_ids: Tensor | None, input_values: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         given = {"input_ids": input_ids, "input_values": input_values, "inputs_embeds": inputs_embeds}
@@ -252,27 +358,16 @@ class LMUModel(LMUPreTrainedModel):
             raise ValueError(f"{named[0]}: expected (batch >= 1, time >= 1, input_size={size}), found {tuple(values.shape)}")
         return values.to(self.dtype)
 
-    def _pack(self, attention_mask: Tensor | None, hidden_states: Tensor) -> Packing | None:
-        if attention_mask is None:
-            return None
-        if attention_mask.shape != hidden_states.shape[:2]:
-            raise ValueError(
-                f"attention_mask: expected (batch, time)={tuple(hidden_states.shape[:2])}, found {tuple(attention_mask.shape)}"
-            )
-        # Most batches of equal lengths come with a mask of ones; looking is cheaper than moving every row onto itself.
-        if not torch.compiler.is_compiling() and bool(attention_mask.all()):
-            return None
-        return pack(attention_mask)
-
     def _pool(self, hidden_states: Tensor, packing: Packing | None) -> Tensor:
         lengths = None if packing is None else packing.lengths
         if packing is not None:
             hidden_states = to_front(hidden_states, packing)
         if self.config.pooling == "mean":
+            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
             if lengths is None:
-                return hidden_states.mean(1)
-            total = blank(hidden_states, lengths).sum(1, dtype=torch.float32 if self.dtype.itemsize < 4 else self.dtype)
-            return (total / lengths.clamp(min=1)[:, None]).to(hidden_states.dtype)
+                return hidden_states.mean(1, dtype=dtype)
+            total = blank(hidden_states, lengths).sum(1, dtype=dtype)
+            return total / lengths.clamp(min=1)[:, None]
         if self.config.pooling == "max":
             if packing is None or lengths is None:
                 return hidden_states.amax(1)
@@ -287,91 +382,8 @@ class LMUModel(LMUPreTrainedModel):
         half = last.shape[-1] // 2
         return torch.cat([last[:, :half], hidden_states[:, 0, half:]], dim=-1)
 
-
-class LMUForSequenceClassification(LMUPreTrainedModel):
-    """An LMU with a linear layer on its pooled output, for one label, several labels or regression per sequence."""
-
-    def __init__(self, config: LMUConfig):
-        super().__init__(config)
-        self.num_labels = len(config.label_names)
-        self.model = LMUModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.output_size, self.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        input_values: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> SequenceClassifierOutput:
-        """Classifies sequences.
-
-        Args:
-            input_ids: see :meth:`LMUModel.forward`, as for the other inputs.
-            attention_mask: non-zero where a step is valid (batch, time).
-            input_values: signals (batch, time, input_size).
-            inputs_embeds: embeddings (batch, time, input_size).
-            labels: class per row (batch,), or 0/1 per label (batch, num_labels) float, or targets (batch, num_labels).
-
-        Returns:
-            loss, the regularizers' penalties included, if labels are given; logits (batch, num_labels); hidden_states if
-            asked for.
-        """
-        # With "last" pooling no other step's output is needed, unless somebody asked to see them. The two directions of a
-        # bidirectional net end at different steps, which only the sequence shows.
-        all_steps = (
-            self.config.pooling != "last"
-            or self.config.bidirectional
-            or bool(kwargs.get("output_hidden_states", self.config.output_hidden_states))
-        )
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            input_values=input_values,
-            inputs_embeds=inputs_embeds,
-            return_sequences=all_steps,
-            **kwargs,
-        )
-        logits = self.score(self.dropout(outputs.pooler_output))
-        loss = None if labels is None else self._loss(logits, labels, **kwargs)
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
-
-    def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any) -> Tensor:
-        problem = self.config.problem_type
-        if problem is None:
-            whole = not labels.is_floating_point()
-            problem = (
-                "regression"
-                if self.num_labels == 1
-                else "single_label_classification"
-                if whole
-                else "multi_label_classification"
-            )
-        if problem == "single_label_classification":
-            labels = labels.to(torch.int64)
-            loss = self.loss_function(
-                labels=labels,
-                pooled_logits=logits,
-                config=self.config,
-                num_items_in_batch=num_items_in_batch,
-                **kwargs,
-            )
-        else:
-            # transformers' own losses for these two ignore num_items_in_batch, so that four accumulation steps would count
-            # four times.
-            elementwise = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
-            if labels.shape != logits.shape and (logits.shape[1] != 1 or labels.shape != logits.shape[:1]):
-                raise ValueError(f"labels: expected {tuple(logits.shape)} for {problem}, found {tuple(labels.shape)}")
-            targets = labels.to(device=logits.device, dtype=logits.dtype).view(logits.shape)
-            if num_items_in_batch is None:
-                loss = elementwise(logits, targets)
-            else:
-                loss = elementwise(logits, targets, reduction="sum") / num_items_in_batch
-        # This batch's share of the penalty, so that the shares of all accumulation steps add up to one.
-        share = 1.0 if num_items_in_batch is None else labels.numel() / num_items_in_batch
-        return loss + share * self.regularization_loss().to(loss.device)
+    @staticmethod
+    def _last(hidden_states: Tensor, packing: Packing | None) -> Tensor:
+        if packing is None:
+            return hidden_states[:, -1]
+        return last_valid(to_front(hidden_states, packing), packing.lengths)

@@ -32,6 +32,8 @@ class LMUImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["input_values", "attention_mask"]  # noqa: RUF012
+    # Pipelines that run in batches ask for it, though images of one size need no padding.
+    padding_value = 0.0
 
     def __init__(
         self,
@@ -71,6 +73,12 @@ class LMUImageProcessor(BaseImageProcessor):
             raise ValueError("this checkpoint takes signals; load its processor with AutoFeatureExtractor")
         return super().from_dict(image_processor_dict, **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain data, as they are saved."""
+        # The image pipeline looks for a video processor as well. Told of none, it would guess one from the code that travels
+        # along and ask whether to trust that, even where lmu_hf is installed.
+        return {**super().to_dict(), "video_processor_type": "none"}
+
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """Turns images into sequences.
 
@@ -100,9 +108,16 @@ class LMUImageProcessor(BaseImageProcessor):
         values = _standardize(pixels.astype(np.float32) * np.float32(self.rescale_factor), self.image_mean, self.image_std)
         return values if self.permutation is None else values[self.permutation]
 
-    def _pixels(self, image: Any) -> np.ndarray:
-        from PIL import Image
+    def image(self, sequence: Any) -> Any:
+        """The PIL image that a sequence (height * width, channels) of this processor was made from, up to rounding."""
+        values = np.asarray(sequence, dtype=np.float64) * np.asarray(self.image_std) + np.asarray(self.image_mean)
+        pixels = np.empty_like(values)
+        pixels[slice(None) if self.permutation is None else self.permutation] = values / self.rescale_factor
+        shape = (self.size["height"], self.size["width"], *([3] if self.image_mode == "RGB" else []))
+        return _pillow().fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8).reshape(shape))
 
+    def _pixels(self, image: Any) -> np.ndarray:
+        Image = _pillow()
         if not isinstance(image, Image.Image):
             array = np.asarray(image)
             if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
@@ -293,6 +308,15 @@ def _check_scale(field: str, value: Any, channels: int, positive: bool = False) 
         raise ValueError(f"{field}: expected positive numbers, found {value!r}; a constant channel can have 1")
 
 
+def _pillow() -> Any:
+    # Outside of a try block, transformers would take it for something that signals need too, and advise `pip install PIL`.
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("images need Pillow; install it with: pip install pillow") from error
+    return Image
+
+
 def _eight_bit(image: Any) -> Any:
     """The image with 8 bits per channel and no transparency.
 
@@ -300,8 +324,7 @@ def _eight_bit(image: Any) -> Any:
         ValueError: it is transparent somewhere, or its values have no known range.
     """
     if image.mode.startswith("I;16"):
-        from PIL import Image
-
+        Image = _pillow()
         # convert() would cut everything above 255.
         return Image.fromarray(np.round(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -315,3 +338,9 @@ def _eight_bit(image: Any) -> Any:
 
 def _plain(value: float | Sequence[float]) -> float | list[float]:
     return float(value) if isinstance(value, int | float) else [float(v) for v in value]
+
+
+# Names this file in the `auto_map` of what is saved, and copies it there. AutoProcessor is not named: it finds either by itself,
+# but would ask for trust_remote_code where lmu_hf is installed.
+LMUImageProcessor.register_for_auto_class()
+LMUFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")

@@ -88,6 +88,14 @@ def last_valid(x: Tensor, lengths: Tensor | None) -> Tensor:
     return last.masked_fill(_like(lengths == 0, last), 0)
 
 
+def hold(x: Tensor, mask: Tensor, before: Tensor | None = None) -> Tensor:
+    """(B, T, F) where each padded step repeats the last valid one before it, or ``before`` (B, F), zeros when None."""
+    last = torch.where(mask, torch.arange(x.shape[1], device=x.device), -1).cummax(1).values
+    held = _take(x, last.clamp(min=0))
+    start = torch.zeros_like(held[:, :1]) if before is None else before[:, None].to(held.dtype)
+    return torch.where(_like(last >= 0, held), held, start)
+
+
 def where_started(after: Tensor, before: Tensor, lengths: Tensor | None) -> Tensor:
     """``after`` (B, ...), but ``before`` in rows without a valid step, whose state no step has changed."""
     if lengths is None:

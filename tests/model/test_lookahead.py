@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from lmu_hf.model import layer as layer_module
 from lmu_hf.model import lookahead
 from lmu_hf.model.cell_registry import build_hidden_cell
 from lmu_hf.model.gates import GATES, gate_weights
@@ -168,8 +167,9 @@ def test_gated_scan(kind):
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "torch_gru"])
 @pytest.mark.parametrize("input_to_hidden", [False, True])
-def test_folded_memory(cell, system, input_to_hidden, monkeypatch):
-    monkeypatch.setattr(layer_module, "worth_folding", lambda *_: True)
+@pytest.mark.parametrize("folds", [False, True])
+def test_uncoupled(cell, system, input_to_hidden, folds, monkeypatch):
+    monkeypatch.setattr(lookahead, "worth_folding", lambda *_: folds)
     monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": input_to_hidden})
     layer = build(cell, "none", system)
     for steps, lengths in ((2, None), (16, None), (39, torch.tensor([39, 16, 17, 0]))):
@@ -184,7 +184,7 @@ def test_folded_memory(cell, system, input_to_hidden, monkeypatch):
 
 def test_no_graph_is_kept_alive():
     def graphs():
-        return sum(type(item).__name__ == "_LookaheadBackward" for item in gc.get_objects())
+        return sum(type(item).__name__ == "_ChunkedScanBackward" for item in gc.get_objects())
 
     layer = build("lstm", "all", "one")
     gc.collect()

@@ -4,52 +4,17 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from tiny import CONFIGS, config, inputs
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from lmu_hf import LMUConfig, LMUForSequenceClassification, LMUModel
 
-SMALL = {"order": 6, "theta": 12.0, "hidden_size": 8, "num_labels": 3, "initializer_range": 0.3}
-CONFIGS = {
-    "signal": {"input_size": 2},
-    "tokens": {"vocab_size": 11, "input_size": 5, "pad_token_id": 0},
-    "coupled": {"input_size": 2, "hidden_to_memory": True, "memory_to_memory": True, "input_to_hidden": True},
-    "dense": {"input_size": 2, "hidden_cell": "dense", "hidden_act": "relu", "input_to_hidden": True},
-    "memory": {"input_size": 2, "hidden_cell": None},
-    "deep": {"input_size": 2, "num_hidden_layers": 3, "memory_d": 2, "theta": [[5.0], [9.0, 14.0], [30.0]]},
-    "mean": {"input_size": 2, "pooling": "mean", "hidden_cell": "gru"},
-    "max": {"input_size": 2, "pooling": "max", "hidden_cell": "lstm"},
-    "both_ways": {"input_size": 2, "num_hidden_layers": 2, "bidirectional": True},
-    "backwards": {"input_size": 2, "num_hidden_layers": 2, "go_backwards": True},
-    "residual": {
-        "input_size": 2,
-        "block_type": "residual",
-        "num_hidden_layers": 2,
-        "memory_d": 8,
-        "theta": [[5.0], [30.0]],
-        "kernel_initializer": None,
-        "hidden_cell": "readout",
-        "pooling": "mean",
-    },
-    "residual_last": {"input_size": 2, "block_type": "residual", "num_hidden_layers": 2, "memory_d": 3, "hidden_cell": None},
-    "trained_theta": {"input_size": 2, "trainable_theta": True, "memory_d": 2, "theta": [5.0, 20.0]},
-}
-
-
-def config(name, **kwargs):
-    return LMUConfig(**{**SMALL, **CONFIGS[name], **kwargs})
-
 
 def build(name, **kwargs):
-    torch.manual_seed(3)
-    return LMUForSequenceClassification(config(name, **kwargs)).eval()
-
-
-def inputs(model, batch=4, steps=15):
-    if model.config.vocab_size is not None:
-        return {"input_ids": torch.randint(1, model.config.vocab_size, (batch, steps))}
-    return {"input_values": torch.randn(batch, steps, model.config.input_size)}
+    return tiny.build(LMUForSequenceClassification, name, **kwargs)
 
 
 def test_papers_parameter_counts():

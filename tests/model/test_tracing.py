@@ -1,8 +1,10 @@
 """torch.compile and torch.export see through the layers, and leave nothing behind that is not real."""
 
 import pytest
+import tiny
 import torch
 
+from lmu_hf import LMUCache, LMUForSequenceClassification, LMUModel
 from lmu_hf.model import legendre
 from lmu_hf.model.layer import LMU
 
@@ -50,3 +52,100 @@ def test_export_of_a_step():
     cell, x = build("memory").cell, torch.randn(3, 2)
     exported = torch.export.export(cell, (x,)).module()
     assert torch.allclose(exported(x)[0], cell(x)[0], rtol=0, atol=1e-6)
+
+
+PARALLEL = ["dense", "memory", "residual", "residual_last"]
+
+
+def arguments(model):
+    """Padded inputs for a model, with labels if it has a head."""
+    given = {**tiny.inputs(model), "attention_mask": tiny.padding("left", 15, [15, 6, 1, 9]), "use_cache": False}
+    return given if type(model) is LMUModel else {**given, "labels": tiny.labels(model)}
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+@pytest.mark.parametrize("cls", tiny.CLASSES)
+def test_models_compile_fullgraph(cls, name):
+    model = tiny.build(cls, name)
+    given = arguments(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**given)[0], model(**given)[0], rtol=0, atol=1e-6)
+    del given["attention_mask"]
+    torch.testing.assert_close(compiled(**given)[0], model(**given)[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["signal", "coupled"])
+def test_recurrent_models_compile_with_breaks(name):
+    model = tiny.build(LMUForSequenceClassification, name)
+    given = arguments(model)
+    losses = []
+    for each in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        losses.append(each(**given).loss)
+        losses[-1].backward()
+        losses += [p.grad.clone() for p in model.parameters()]
+    half = len(losses) // 2
+    torch.testing.assert_close(losses[:half], losses[half:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+@pytest.mark.parametrize("cls", tiny.CLASSES)
+def test_models_export_for_batches_of_any_size(cls, name):
+    """Within the sizes for which the memory takes the same algorithm."""
+    model = tiny.build(cls, name)
+    given = arguments(model)
+    given.pop("labels", None)
+    shapes = {key: None if key == "use_cache" else {0: torch.export.Dim.AUTO} for key in given}
+    exported = torch.export.export(model, (), given, dynamic_shapes=shapes).module()
+    for rows in (4, 3):
+        some = {key: value[:rows] if isinstance(value, torch.Tensor) else value for key, value in given.items()}
+        torch.testing.assert_close(exported(**some)[0], model(**some)[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["signal", "coupled", "deep", "mean", "both_ways"])
+def test_recurrent_models_export(name):
+    model = tiny.build(LMUForSequenceClassification, name)
+    given = arguments(model)
+    del given["labels"]
+    exported = torch.export.export(model, (), given).module()
+    torch.testing.assert_close(exported(**given)[0], model(**given)[0], rtol=0, atol=1e-6)
+
+
+class Step(torch.nn.Module):
+    """One step of a stream as a function of sample and state."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample, state):
+        streamer = self.model.streamer(sample.shape[0])
+        streamer.cache = LMUCache.from_state_dict(state)
+        return streamer.step(sample), streamer.cache.state_dict()
+
+
+@pytest.mark.parametrize("name", tiny.FORWARD)
+def test_export_of_a_step_of_a_model(name):
+    model = tiny.build(LMUForSequenceClassification, name)
+    (values,) = tiny.inputs(model).values()
+    streamer = model.streamer(4)
+    streamer.feed(values[:, :3])
+    state = streamer.cache.state_dict()
+    exported = torch.export.export(Step(model), (values[:, 3], state)).module()
+    for t in range(3, 9):
+        logits, state = exported(values[:, t], state)
+        torch.testing.assert_close(logits, streamer.step(values[:, t]), rtol=0, atol=1e-6)
+    assert LMUCache.from_state_dict(state).get_seq_length() == 9
+
+
+def test_compiled_steps_are_not_compiled_again():
+    model = tiny.build(LMUForSequenceClassification, "dense")
+    values = torch.randn(2, 30, 2)
+    compiled, cache = torch.compile(model, backend="eager"), LMUCache(1)
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for t in range(30):
+            logits = compiled(input_values=values[:, t : t + 1], past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(input_values=values).logits, rtol=0, atol=1e-6)
+    # The first step starts from nothing, the second finds the operators of the memory made.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3

@@ -1,0 +1,401 @@
+"""A recurrence in chunks, as one differentiable function with a backward pass of its own.
+
+What goes on in a chunk is described in :mod:`lookahead`, its matrices in :mod:`folding`, its time loop in :mod:`scan`. Here is
+what surrounds the loop: large products. Several chunks make a segment, about as many as give products of full speed; nothing as
+long as the sequence is written but u, the hidden states and, backwards, the gradient of the inputs. In particular the gradients
+of all weights are added up segment by segment while the gradients of its sums are still in the cache.
+
+Names: B batch, T time, C steps per chunk, K chunks, D memory dimensions, N order, H hidden size, G gates; W is the width of a
+step's sums: D + G if u is computed in the loop, otherwise G.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .compiled import SMALL_ORDER, available
+from .gates import GATES
+from .memory import fold_rows, fold_state, unfold_rows, unfold_state
+from .scan import scan_class
+
+State = tuple[Tensor, ...]
+
+# A segment has about this many rows, chunks times batch, for its products to run at full speed, but no more numbers in its
+# largest part than stay in the cache.
+_ROWS = 128
+_NUMBERS = 1 << 20
+
+
+class ChunkOperators(NamedTuple):
+    """The constant matrices of a chunk.
+
+    Attributes:
+        step: [u of the chunk so far, h] -> sums, ((C - 1) * D + H, W), or (H, W) where u is known in advance.
+        power: A^C (S, N, N).
+        response: A^(C-1-i) B (S, C, N).
+        fold: the memory at the start of a chunk -> its part of the chunk's sums (D * N, C * W).
+        from_u: the u of a chunk -> their part (C * D, C * W), beside ``fold`` where u is known in advance.
+        states: :meth:`DelaySystem.chunk_operator`, [memory at the start, u] -> memory after each step (S, N + C, C * N); with
+            ``read`` in place of ``fold`` and ``from_u``.
+        read: memory after a step -> its part of the sums of the step (D * N, W).
+    """
+
+    step: Tensor
+    power: Tensor | None = None
+    response: Tensor | None = None
+    fold: Tensor | None = None
+    from_u: Tensor | None = None
+    states: Tensor | None = None
+    read: Tensor | None = None
+
+
+def chunked_scan(
+    kind: str,
+    given: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    u: Tensor | None,
+    memory: Tensor | None,
+    operators: ChunkOperators,
+    states: State,
+    steps: int,
+) -> tuple[Tensor | None, Tensor | None, State]:
+    """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
+
+    Args:
+        kind: the pointwise step of the hidden cell, a key of ``GATES``.
+        given: inputs of all steps (B, T, I), or None.
+        weight: inputs -> their part of the sums (I, W). None if ``given`` is that part itself, for a recurrence without memory.
+        bias: (W,) or None.
+        u: the memory's input (B, K * C, D), zero past T, if it is known in advance; otherwise None.
+        memory: m before the first step (B, D, N), or None for a recurrence without memory.
+        operators: the matrices of a chunk.
+        states: hidden state tensors before the first step, (B, H) each.
+        steps: T.
+
+    Returns:
+        u (B, K * C, D), zero past T, where it is computed here; the memory at the start of each chunk (B, K, D * N), where there
+        is one; and each state tensor after every step (B, T, H).
+    """
+    u, starts, *sequences = _ChunkedScan.apply(kind, steps, given, weight, bias, u, memory, *operators, *states)
+    return u, starts, tuple(sequences)
+
+
+_OPERATORS = len(ChunkOperators._fields)
+
+
+class _Scratch:
+    """Memory that one segment after the other uses: taken anew each time, it would cost more than the products in it."""
+
+    def __init__(self, like: Tensor):
+        self.like, self.parts = like, {}  # type: ignore[var-annotated]
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Numbers of this shape, not initialised, valid until the next call with this name."""
+        size = math.prod(shape)
+        part = self.parts.get(name)
+        if part is None or part.numel() < size:
+            part = self.parts[name] = self.like.new_empty(size)
+        return part[:size].view(shape)
+
+
+class _Sizes:
+    """How a run is cut up."""
+
+    def __init__(self, batch: int, steps: int, memory: Tensor | None, operators: ChunkOperators):
+        self.steps = steps
+        self.dims = 0 if memory is None else memory.shape[-2]
+        self.chunk = 16 if operators.response is None else operators.response.shape[1]
+        self.chunks = -(-steps // self.chunk)
+        self.total = self.chunks * self.chunk if self.dims else steps
+        width = operators.step.shape[1] if operators.read is None else max(operators.read.shape)
+        fitting = _NUMBERS // (batch * self.chunk * width)
+        self.segment = max(1, min(-(-_ROWS // batch), fitting)) * self.chunk
+
+    def segments(self) -> list[tuple[int, int]]:
+        """First step and number of steps of each segment."""
+        return [(first, min(self.segment, self.total - first)) for first in range(0, self.total, self.segment)]
+
+    def of_chunks(self, first: int, length: int) -> slice:
+        return slice(first // self.chunk, (first + length) // self.chunk)
+
+
+class _ChunkedScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kind: str,
+        steps: int,
+        given: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        u: Any,
+        memory: Any,
+        *tensors: Any,
+    ) -> tuple[Tensor | None, ...]:
+        operators, states = ChunkOperators(*tensors[:_OPERATORS]), tensors[_OPERATORS:]
+        step, fold = tensors[0], tensors[3]
+        batch, width = states[0].shape[0], step.shape[1]
+        sizes = _Sizes(batch, steps, memory, operators)
+        dims, chunk, total = sizes.dims, sizes.chunk, sizes.total
+        kept = GATES[kind].allocate(states, steps)
+        starts: Any = None if memory is None else step.new_empty(batch, sizes.chunks, memory[0].numel())
+        feedback = memory is not None and u is None
+        if u is None:
+            u = step.new_empty(batch, total, dims)
+            u[:, steps:] = 0
+        scan = scan_class(step)(kind, step, chunk, dims if feedback else 0, states, kept)
+        nothing = step.new_empty(batch, steps, 0)
+        scratch = _Scratch(step)
+        for first, length in sizes.segments():
+            known = _known(_cut(given, first, length), weight, bias, (batch, length, width), scratch)
+            for index in range(first // chunk, (first + length) // chunk) if memory is not None else ():
+                assert starts is not None
+                at = index * chunk
+                starts[:, index] = memory.flatten(1)
+                if feedback:
+                    assert fold is not None
+                    part = known[:, at - first : at - first + chunk]
+                    part.view(batch, -1).addmm_(starts[:, index], fold)
+                    scan.forward(at, min(chunk, steps - at), part, u)
+                if at + chunk < total:
+                    memory = _advance(memory, u[:, at : at + chunk], operators)
+            if feedback:
+                continue
+            if starts is not None:
+                of_chunks = starts[:, sizes.of_chunks(first, length)].flatten(0, 1)
+                u_of_chunks = u[:, first : first + length].reshape(len(of_chunks), -1)
+                if operators.read is None:
+                    by_chunk = known.view(len(of_chunks), -1)
+                    by_chunk.addmm_(of_chunks, fold).addmm_(u_of_chunks, tensors[4])
+                else:
+                    memories = _write(of_chunks, u_of_chunks, operators, scratch)
+                    known.view(-1, width).addmm_(memories, operators.read)
+            scan.forward(first, min(length, steps - first), known, nothing)
+        saved = (given, weight, bias, u, starts, *operators, *states, *kept)
+        ctx.save_for_backward(*saved)
+        ctx.kind, ctx.sizes, ctx.states, ctx.feedback = kind, sizes, len(states), feedback
+        ctx.set_materialize_grads(False)
+        return (u if feedback else None), starts, *kept[: len(states)]
+
+    @staticmethod
+    def backward(ctx: Any, grad_u: Tensor | None, grad_starts: Tensor | None, *grad_sequences: Tensor | None) -> tuple:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the look-ahead recurrence has no second derivative; set algorithm='naive' on the layer for create_graph=True"
+            )
+        given, weight, bias, u, starts, *rest = ctx.saved_tensors
+        operators, tensors, rest = ChunkOperators(*rest[:_OPERATORS]), rest[:_OPERATORS], rest[_OPERATORS:]
+        states, kept = tuple(rest[: ctx.states]), tuple(rest[ctx.states :])
+        sizes, feedback = ctx.sizes, ctx.feedback
+        dims, chunk, steps = sizes.dims, sizes.chunk, sizes.steps
+        step, power, response, fold, from_u, _, read = tensors
+        needed = dict(
+            zip(("given", "weight", "bias", "u", "memory", *operators._fields), ctx.needs_input_grad[2:], strict=False)
+        )
+        batch, width = states[0].shape[0], step.shape[1]
+
+        scan = scan_class(step)(ctx.kind, step, chunk, dims if feedback else 0, states, kept)
+        sequences = zip(grad_sequences, kept, strict=False)
+        scan.start_backward(tuple(torch.zeros_like(own) if grad is None else grad for grad, own in sequences))
+        grad_given = torch.empty_like(given) if needed["given"] else None
+        weights = {"weight": weight, "bias": bias, **operators._asdict()}
+        grads = {name: torch.zeros_like(tensor) for name, tensor in weights.items() if needed[name]}
+        inputs: Any = None  # gradient of u
+        if dims:
+            inputs = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
+        grad_memory: Tensor | None = None  # of the memory at the end of a chunk
+        nothing = step.new_empty(batch, steps, 0)
+        to_starts: Any
+        scratch = _Scratch(step)
+        for first, length in reversed(sizes.segments()):
+            grad = scratch.take("grad", batch, length, width)
+            grad[:, max(steps - first, 0) :] = 0
+            segment = slice(first, first + length)
+            chunks = sizes.of_chunks(first, length)
+            to_starts = None
+            if not feedback:
+                scan.backward(first, min(length, steps - first), nothing, grad)
+                if dims:
+                    of_chunks = starts[:, chunks].flatten(0, 1)
+                    u_of_chunks = u[:, segment].reshape(len(of_chunks), -1)
+                    by_chunk = grad.view(len(of_chunks), -1)
+                    if read is None:
+                        to_starts, to_u = by_chunk @ fold.mT, by_chunk @ from_u.mT
+                        if "from_u" in grads:
+                            grads["from_u"].addmm_(u_of_chunks.mT, by_chunk)
+                    else:
+                        to_starts, to_u = _write_back(
+                            grad.view(-1, width), of_chunks, u_of_chunks, operators, grads, scratch
+                        )
+                    to_starts = to_starts.reshape(batch, -1, starts.shape[2])
+                    inputs[:, segment] += to_u.reshape(batch, length, dims)
+            for index in reversed(range(chunks.start, chunks.stop)) if dims else ():
+                at = index * chunk
+                arriving = inputs[:, at : at + chunk]
+                if grad_memory is not None:
+                    # What the memory at the end of the chunk sends back to the u of the chunk.
+                    arriving += unfold_rows(fold_state(grad_memory, len(response)) @ response.mT, batch)
+                if to_starts is not None:
+                    start = to_starts[:, index - chunks.start]
+                else:
+                    part = grad[:, at - first : at - first + chunk]
+                    scan.backward(at, min(chunk, steps - at), arriving, part)
+                    start = part.view(batch, -1) @ fold.mT
+                if grad_starts is not None:
+                    start = start + grad_starts[:, index]
+                start = start.view(batch, dims, -1)
+                if grad_memory is not None:
+                    rows = fold_state(grad_memory, len(power))
+                    start = start + unfold_state(rows @ power, start.shape)
+                    if "power" in grads:
+                        grads["power"] += rows.mT @ fold_state(starts[:, index].view_as(start), len(power))
+                        grads["response"] += fold_rows(u[:, at : at + chunk], len(power)).mT @ rows
+                grad_memory = start
+            # The weights, while the gradient of the segment is at hand.
+            flat, by_chunk = grad.view(-1, width), grad.view(-1, chunk * width) if dims else grad
+            if "fold" in grads:
+                grads["fold"].addmm_(starts[:, chunks].flatten(0, 1).mT, by_chunk)
+            if "step" in grads:
+                before = _before(states[0], kept[0], first, length)
+                _add_step_gradient(grads["step"], flat, u[:, segment] if feedback else None, before, chunk)
+            if "bias" in grads:
+                grads["bias"] += flat.sum(0)
+            if "weight" in grads:
+                grads["weight"].addmm_(_cut(given, first, length).flatten(0, 1).mT, flat)
+            if grad_given is not None:
+                count = min(length, steps - first)
+                grad_given[:, first : first + count] = (grad if weight is None else grad @ weight.mT)[:, :count]
+        return (
+            None,
+            None,
+            grad_given,
+            grads.get("weight"),
+            grads.get("bias"),
+            None if feedback else inputs,
+            grad_memory,
+            *(grads.get(name) for name in operators._fields),
+            *scan.initial_gradients(),
+        )
+
+
+def _known(
+    given: Tensor | None, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, int, int], scratch: _Scratch
+) -> Tensor:
+    """What the inputs of a segment contribute to its sums (B, length, W)."""
+    if given is not None and weight is None:
+        return given  # only read
+    known = scratch.take("known", *shape)
+    if given is None or weight is None:
+        return known.zero_() if bias is None else known.copy_(bias.expand(shape))
+    flat = known.view(-1, shape[2])
+    if bias is None:
+        torch.mm(given.reshape(len(flat), -1), weight, out=flat)
+    else:
+        torch.addmm(bias, given.reshape(len(flat), -1), weight, out=flat)
+    return known
+
+
+def _cut(tensor: Any, first: int, length: int) -> Any:
+    """The steps of a segment, filled up with zeros past the end."""
+    if tensor is None:
+        return None
+    part = tensor[:, first : first + length]
+    missing = length - part.shape[1]
+    return F.pad(part, (0, 0, 0, missing)) if missing else part
+
+
+def _before(initial: Tensor, hidden: Tensor, first: int, length: int) -> Tensor:
+    """The hidden state before each step of a segment (B, length, H), zero past the end."""
+    before = _cut(hidden, max(first - 1, 0), length - (first == 0))
+    return before if first else torch.cat([initial[:, None], before], dim=1)
+
+
+def _advance(memory: Tensor, u: Tensor, operators: ChunkOperators) -> Tensor:
+    """The memory a chunk later: m (B, D, N), u (B, C, D)."""
+    power, response = operators.power, operators.response
+    assert power is not None
+    assert response is not None
+    driven = fold_rows(u, len(power)) @ response
+    return unfold_state(torch.baddbmm(driven, fold_state(memory, len(power)), power.mT), memory.shape)
+
+
+def _write(starts: Tensor, u: Tensor, operators: ChunkOperators, scratch: _Scratch) -> Tensor:
+    """The memory after each step of some chunks (M * C, D * N), from starts (M, D * N) and u (M, C * D)."""
+    states, power = operators.states, operators.power
+    assert states is not None
+    assert power is not None
+    order = power.shape[1]
+    chunk = states.shape[1] - order
+    if _step_by_step(order, u):
+        memories = scratch.take("memories", len(u) * chunk, starts.shape[1])
+        u = u.contiguous().view(len(u), chunk, -1)
+        torch.ops.lmu_hf.memory_forward(starts.contiguous(), u, *_single_step(states, order), memories)
+        return memories
+    by_chunk = (_rows(starts, u, power) @ states).unflatten(2, (chunk, order))  # (S, M * D / S, C, N)
+    if len(by_chunk) == 1:
+        by_chunk = by_chunk.view(len(starts), -1, chunk, order).transpose(1, 2)  # (M, C, D, N)
+    else:
+        by_chunk = by_chunk.permute(1, 2, 0, 3)
+    return by_chunk.flatten(0, 1).flatten(1)
+
+
+def _write_back(
+    grad: Tensor, starts: Tensor, u: Tensor, operators: ChunkOperators, grads: dict[str, Tensor], scratch: _Scratch
+) -> tuple[Tensor, Tensor]:
+    """The adjoint of :func:`_write` and the product with ``read`` after it: of starts and u, from grad (M * C, W)."""
+    states, power, read = operators.states, operators.power, operators.read
+    assert states is not None
+    assert power is not None
+    assert read is not None
+    scales, order = power.shape[:2]
+    chunk = states.shape[1] - order
+    if "read" in grads:
+        grads["read"].addmm_(_write(starts, u, operators, scratch).mT, grad)
+    grad = torch.mm(grad, read.mT, out=scratch.take("back", len(grad), len(read)))
+    by_chunk = grad.view(len(starts), chunk, -1, order)  # (M, C, D, N)
+    by_row: Any = None  # (S, M * D / S, C * N), where a product takes it
+    if "states" in grads or not _step_by_step(order, u):
+        by_row = (
+            by_chunk.permute(2, 0, 1, 3).flatten(2) if scales > 1 else by_chunk.transpose(1, 2).reshape(1, -1, chunk * order)
+        )
+    if "states" in grads:
+        grads["states"] += _rows(starts, u, power).mT @ by_row
+    if _step_by_step(order, u):
+        to_starts, to_u = torch.empty_like(starts, memory_format=torch.contiguous_format), u.new_empty(*by_chunk.shape[:3])
+        torch.ops.lmu_hf.memory_backward(grad, *_single_step(states, order), to_starts, to_u)
+        return to_starts, to_u
+    to_rows = by_row @ states.mT
+    to_rows = to_rows.view(len(starts), -1, order + chunk) if scales == 1 else to_rows.transpose(0, 1)
+    return to_rows[..., :order].flatten(1), to_rows[..., order:].mT.flatten(1)
+
+
+def _step_by_step(order: int, like: Tensor) -> bool:
+    """Whether the memory is so small that its steps cost less one by one, compiled, than in one product."""
+    return order <= SMALL_ORDER and available(like)
+
+
+def _single_step(states: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """A (S, N, N) and B (S, N): the operator's first step is the step itself."""
+    return states[:, :order, :order].mT, states[:, order, :order]
+
+
+def _rows(starts: Tensor, u: Tensor, power: Tensor) -> Tensor:
+    """[memory at the start, u of the chunk] of each memory dimension (S, M * D / S, N + C)."""
+    starts = starts.unflatten(1, (-1, power.shape[1]))  # (M, D, N)
+    rows = torch.cat([starts, u.view(len(u), -1, starts.shape[1]).mT], dim=2)
+    return rows.flatten(0, 1)[None] if len(power) == 1 else rows.transpose(0, 1)
+
+
+def _add_step_gradient(total: Tensor, grad: Tensor, u: Tensor | None, before: Tensor, chunk: int) -> None:
+    """Adds a segment's part of the gradient of the step matrix: grad (B * length, W), u (B, length, D), before (B, length, H)."""
+    size = before.shape[2]
+    total[len(total) - size :].addmm_(before.flatten(0, 1).mT, grad)
+    if u is not None and len(total) > size:
+        by_chunk = u.unflatten(1, (-1, chunk))
+        # The u of each lag, none before the chunk. Shifting these few numbers spares a copy of the gradients per lag.
+        lags = [F.pad(by_chunk[:, :, :-lag], (0, 0, lag, 0)).flatten(1, 2) for lag in range(chunk - 1, 0, -1)]
+        total[: len(total) - size].addmm_(torch.cat(lags, dim=2).flatten(0, 1).mT, grad)

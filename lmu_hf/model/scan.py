@@ -1,0 +1,152 @@
+"""The time loop itself: the steps of one chunk, for :mod:`lookahead`.
+
+Within a chunk, step j computes
+
+    sums[j] = known[j] + [u[0..j-1], h[j-1]] @ step          (B, W): its u (D) and its gates (G), W = D + G
+
+and the cell's pointwise part makes h[j] of the gates. Steps are short and must come one after the other, so here the cost of a
+call counts more than its arithmetic. :class:`NaiveScan` is a loop in Python; :class:`CompiledScan` hands the whole chunk to the
+operator of :mod:`lmu_hf.native`, where that is installed. A checkpoint that carries this file along runs without it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .compiled import available
+from .gates import GATES
+
+State = tuple[Tensor, ...]
+
+# Columns to which the compiled loop wants its matrices filled up; PAD in scan.cpp.
+_PAD = 16
+
+
+class NaiveScan:
+    """The steps of the chunks of one sequence, forwards or backwards.
+
+    Args:
+        kind: the pointwise step of the hidden cell, a key of ``GATES``.
+        step: [u of the chunk so far, h] -> sums, ((C - 1) * D + H, W).
+        chunk: steps per chunk C.
+        dims: D, 0 for a scan without memory.
+        states: hidden state tensors before the first step, (B, H) each.
+        kept: what ``GATES[kind].allocate`` made.
+    """
+
+    def __init__(self, kind: str, step: Tensor, chunk: int, dims: int, states: State, kept: State):
+        self.dims, self.kept = dims, kept
+        self.gates = GATES[kind](states, kept)
+        # The row of a step is as long as the u before it.
+        self.matrices = [step[(chunk - 1 - j) * dims :] for j in range(chunk)] if dims else [step]
+        self.output = states[0]
+
+    def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
+        """Runs ``count`` steps from step ``first`` on; calls go on where the one before ended.
+
+        Args:
+            first: the first step; with D > 0, where a chunk starts.
+            count: number of steps; with D > 0, at most C.
+            known: what is known of their sums in advance (B, count or more, W).
+            u: where their u goes, (B, T, D); hidden states go to ``kept``.
+        """
+        dims, output = self.dims, self.output
+        if not dims:
+            for j in range(count):
+                output = self.gates.step(first + j, torch.addmm(known[:, j], output, self.matrices[0]))
+            self.output = output
+            return
+        batch, size = output.shape
+        # [u of the chunk so far, h]
+        row = known.new_empty(batch, count * dims + size)
+        row[:, :size] = output
+        for j in range(count):
+            now = torch.addmm(known[:, j], row[:, : j * dims + size], self.matrices[j])
+            output = self.gates.step(first + j, now[:, dims:])
+            row[:, j * dims : (j + 1) * dims] = now[:, :dims]
+            row[:, (j + 1) * dims :][:, :size] = output
+        u[:, first : first + count] = row[:, : count * dims].unflatten(1, (count, dims))
+        self.output = output
+
+    def start_backward(self, grads: State) -> None:
+        """Receives the gradients of the state sequences (B, T, H) each, before the first call of :meth:`backward`."""
+        self.grads = grads
+        self.gates.load_gradients(grads)
+        self.carry = torch.zeros_like(self.output)
+        self.matrices = [matrix.mT for matrix in self.matrices]
+
+    def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
+        """The adjoint of :meth:`forward`; calls come last to first.
+
+        Args:
+            first: the first step.
+            count: number of steps.
+            grad_u: gradients that reach the u of these steps from elsewhere (B, count or more, D); overwritten.
+            grad_sums: where the gradients of the sums of these steps go (B, count or more, W).
+        """
+        dims, carry = self.dims, self.carry
+        inputs = grad_u.flatten(1)
+        for j in reversed(range(count)):
+            now = grad_sums[:, j]
+            direct = self.gates.back(first + j, self.grads[0][:, first + j] + carry, now[:, dims:])
+            if dims:
+                now[:, :dims] = inputs[:, j * dims : (j + 1) * dims]
+                past = now @ self.matrices[j]
+                inputs[:, : j * dims] += past[:, : j * dims]
+                carry = past[:, j * dims :]
+            else:
+                carry = now @ self.matrices[0]
+            if direct is not None:
+                carry = carry + direct
+        self.carry = carry
+
+    def initial_gradients(self) -> State:
+        """Gradients of the initial states, after the last :meth:`backward`."""
+        return self.gates.initial_gradients(self.carry)
+
+
+class CompiledScan:
+    """:class:`NaiveScan` with its loop in C++."""
+
+    def __init__(self, kind: str, step: Tensor, chunk: int, dims: int, states: State, kept: State):
+        self.kind, self.step, self.chunk = kind, step, chunk
+        self.states, self.kept = [state.contiguous() for state in states], list(kept)
+        self.matrix: Tensor | None = None
+
+    def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
+        if self.matrix is None:
+            self.matrix = _filled_up(self.step)
+        torch.ops.lmu_hf.scan_forward(self.kind, first, count, self.chunk, known, self.matrix, self.states, self.kept, u)
+
+    def start_backward(self, grads: State) -> None:
+        self.grads = [grad.contiguous() for grad in grads]
+        self.matrix = _filled_up(self.step.mT)
+        self.carries = [torch.zeros_like(state) for state in self.states]
+
+    def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
+        torch.ops.lmu_hf.scan_backward(
+            self.kind,
+            first,
+            count,
+            self.chunk,
+            self.matrix,
+            self.states,
+            self.kept,
+            self.grads,
+            grad_u,
+            grad_sums,
+            self.carries[0],
+            self.carries[-1],
+        )
+
+    def initial_gradients(self) -> State:
+        return tuple(self.carries)
+
+
+def _filled_up(matrix: Tensor) -> Tensor:
+    return F.pad(matrix, (0, _PAD + -matrix.shape[1] % _PAD))
+
+
+def scan_class(like: Tensor) -> type[NaiveScan] | type[CompiledScan]:
+    """The scan to use for tensors like this one."""
+    return CompiledScan if available(like) else NaiveScan

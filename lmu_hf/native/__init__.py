@@ -1,0 +1,100 @@
+"""The time loop of :mod:`lmu_hf.model.scan` in C++ for CPUs: built on first use, kept, and done without where it cannot be.
+
+A few seconds of the machine's own C++ compiler on first use; later processes load the result. Without compiler or ninja
+everything still runs, on the slower loop in Python, and one log message says so. ``LMU_HF_NATIVE=0`` turns it off.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("scan.cpp")
+
+
+def load() -> bool:
+    """Makes the operators ``torch.ops.lmu_hf.*`` available, building them if need be; whether they are."""
+    return why_not() is None
+
+
+@cache
+def why_not() -> str | None:
+    """Why the compiled loop is not used, in words; None if it is. Builds it if need be."""
+    if os.environ.get("LMU_HF_NATIVE", "1") == "0":
+        return "LMU_HF_NATIVE=0"
+    try:
+        library = _library()
+        if library.exists():
+            torch.ops.load_library(str(library))
+        else:
+            _build_and_load(library)
+    except Exception as error:  # whatever goes wrong with a compiler, the loop in Python is there
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        logger.warning(
+            "the compiled CPU loop cannot be built, so recurrent LMUs run on the slower loop in Python: %s. It needs a C++ "
+            "compiler and the package ninja (pip install lmu-hf[native]); LMU_HF_NATIVE=0 silences this message",
+            reason,
+        )
+        logger.debug("building failed", exc_info=True)
+        return reason
+    return None
+
+
+def _flags() -> list[str]:
+    # The loop is written for vectors; what the compiler may not assume here keeps NaN and infinity as they are.
+    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-march=native"]
+    if platform.machine() in ("x86_64", "AMD64"):
+        flags.append("-mprefer-vector-width=512")
+    if sys.platform == "linux":
+        flags.append("-fopenmp")  # what torch's parallel_for is made of
+    return flags
+
+
+def _library() -> Path:
+    """Where the built library belongs: one per source, torch version and kind of processor."""
+    processor = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line for line in lines if line.startswith(("flags", "Features"))), processor)
+    parts = [_SOURCE.read_text(), torch.__version__, platform.machine(), processor, *_flags()]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "lmu_hf" / f"scan-{key}.so"
+
+
+def _build_and_load(library: Path) -> None:
+    from torch.utils import cpp_extension
+
+    if sys.platform == "win32":
+        raise RuntimeError("it is written for GCC and Clang")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    logger.warning("building the compiled CPU loop, once for this machine: about 15 s")
+    # ninja is looked for on PATH, where the scripts of this environment need not be.
+    path = os.environ.get("PATH", "")
+    # In a folder of its own and moved into place as a whole: processes that start together never see half a library, and a
+    # killed one leaves no lock behind.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
+        try:
+            cpp_extension.load(
+                name="lmu_hf_scan",
+                sources=[str(_SOURCE)],
+                extra_cflags=_flags(),
+                extra_ldflags=["-fopenmp"] if sys.platform == "linux" else [],
+                build_directory=folder,
+                is_python_module=False,
+            )
+        finally:
+            os.environ["PATH"] = path
+        shutil.copyfile(Path(folder) / "lmu_hf_scan.so", library.with_suffix(f".{os.getpid()}"))
+        os.replace(library.with_suffix(f".{os.getpid()}"), library)

@@ -1,0 +1,583 @@
+// The time loop of lookahead.py for CPUs: the steps of one chunk, forward and backward, in one call.
+//
+// Rows of a batch never meet inside a chunk, so each thread takes some rows through all of its steps without waiting for the
+// others. The products are too thin for a BLAS call each: they are done here, on register blocks, with the matrix in cache.
+//
+// Names and formulas are those of lookahead.py and gates.py. Matrices come padded with zero columns to a multiple of PAD.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace {
+
+constexpr int64_t PAD = 16;
+constexpr int64_t TILE = 48;  // rows that go through the steps together
+
+#if defined(__AVX512F__)
+constexpr int64_t BYTES = 64, BLOCK = 16;  // of a vector; vectors of sums held in registers at a time
+#elif defined(__AVX__)
+constexpr int64_t BYTES = 32, BLOCK = 8;
+#else
+constexpr int64_t BYTES = 16, BLOCK = 8;
+#endif
+
+// ---- products
+
+template <typename T>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float type __attribute__((vector_size(BYTES), aligned(4)));
+};
+template <>
+struct Vector<double> {
+  typedef double type __attribute__((vector_size(BYTES), aligned(8)));
+};
+
+// c (R, V vectors) += a (R, inner) @ b (inner, V vectors)
+template <typename T, int R, int V>
+__attribute__((noinline)) void block(int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride) {
+  using Vec = typename Vector<T>::type;
+  constexpr int64_t lanes = BYTES / sizeof(T);
+  Vec sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = *reinterpret_cast<const Vec*>(c + r * c_stride + v * lanes);
+  for (int64_t k = 0; k < inner; ++k) {
+    Vec row[V];
+    for (int v = 0; v < V; ++v) row[v] = *reinterpret_cast<const Vec*>(b + k * b_stride + v * lanes);
+    for (int r = 0; r < R; ++r) {
+      const T factor = a[r * a_stride + k];
+      for (int v = 0; v < V; ++v) sum[r][v] += factor * row[v];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) *reinterpret_cast<Vec*>(c + r * c_stride + v * lanes) = sum[r][v];
+}
+
+template <typename T, int R, int V>
+void columns(
+    int64_t width, int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride) {
+  constexpr int64_t lanes = BYTES / sizeof(T), span = V * lanes;
+  int64_t done = 0;
+  for (; done + span <= width; done += span) block<T, R, V>(inner, a, a_stride, b + done, b_stride, c + done, c_stride);
+  if constexpr (V > 1) {
+    if (done < width) columns<T, R, V / 2>(width - done, inner, a, a_stride, b + done, b_stride, c + done, c_stride);
+  } else if (done < width) {
+    // Reads and writes up to a vector past the width; every buffer here has room for that.
+    block<T, R, 1>(inner, a, a_stride, b + done, b_stride, c + done, c_stride);
+  }
+}
+
+// c (rows, width) += a (rows, inner) @ b (inner, width)
+template <typename T, int R = 8>
+void product(
+    int64_t rows, int64_t width, int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
+    int64_t c_stride) {
+  if (inner == 0 || width == 0) return;
+  int64_t done = 0;
+  for (; done + R <= rows; done += R)
+    columns<T, R, std::min<int64_t>(BLOCK / R, 8)>(
+        width, inner, a + done * a_stride, a_stride, b, b_stride, c + done * c_stride, c_stride);
+  if constexpr (R > 1)
+    product<T, R / 2>(
+        rows - done, width, inner, a + done * a_stride, a_stride, b, b_stride, c + done * c_stride, c_stride);
+}
+
+// ---- pointwise functions, written so that the compiler vectorizes the loops that call them
+
+template <typename T>
+struct Bits;
+template <>
+struct Bits<float> {
+  using type = int32_t;
+  static constexpr int mantissa = 23, terms = 7;
+  static constexpr float round = 12582912.0f, high = 0.693359375f, low = -2.12194440e-4f, limit = 40.0f;
+};
+template <>
+struct Bits<double> {
+  using type = int64_t;
+  static constexpr int mantissa = 52, terms = 13;
+  static constexpr double round = 6755399441055744.0, high = 0.693147180369123816490, low = 1.90821492927058770002e-10,
+                          limit = 80.0;
+};
+
+// exp(x) - 1 for -limit <= x <= 0, to the last digits also near 0: with x = n ln 2 + r, 2^n (exp(r) - 1) + (2^n - 1).
+template <typename T>
+inline T expm1_negative(T x) {
+  using B = Bits<T>;
+  using Int = typename B::type;
+  x = x < -B::limit ? -B::limit : x;
+  const T shifted = x * T(1.4426950408889634) + B::round;
+  const T n = shifted - B::round;
+  const T r = (x - n * B::high) - n * B::low;
+  T series = T(1) / T(B::terms);
+  for (int k = B::terms - 1; k >= 1; --k) series = (series * r + T(1)) * (T(1) / T(k));
+  Int bits;
+  std::memcpy(&bits, &shifted, sizeof(T));
+  bits = static_cast<Int>(static_cast<typename std::make_unsigned<Int>::type>(bits) << B::mantissa);
+  const T one = 1;
+  Int exponent;
+  std::memcpy(&exponent, &one, sizeof(T));
+  exponent += bits;
+  T scale;
+  std::memcpy(&scale, &exponent, sizeof(T));
+  return scale * (series * r) + (scale - T(1));
+}
+
+template <typename T>
+inline T tanh_(T x) {
+  const T size = x < 0 ? -x : x;
+  const T e = expm1_negative(T(-2) * size);
+  const T result = -e / (e + T(2));
+  return x < 0 ? -result : result;
+}
+
+template <typename T>
+inline T sigmoid_(T x) {
+  // exp(-|x|) = 1 + e: never overflows.
+  const T e = expm1_negative(x < 0 ? x : -x);
+  return x < 0 ? (e + T(1)) / (e + T(2)) : T(1) / (e + T(2));
+}
+
+struct Tanh {
+  template <typename T>
+  static T value(T x) { return tanh_(x); }
+  template <typename T>
+  static T slope(T y) { return T(1) - y * y; }
+};
+struct Sigmoid {
+  template <typename T>
+  static T value(T x) { return sigmoid_(x); }
+  template <typename T>
+  static T slope(T y) { return y * (T(1) - y); }
+};
+struct Relu {
+  template <typename T>
+  static T value(T x) { return x > 0 ? x : (x == x ? T(0) : x); }
+  template <typename T>
+  static T slope(T y) { return y > 0 ? T(1) : T(0); }
+};
+struct Linear {
+  template <typename T>
+  static T value(T x) { return x; }
+  template <typename T>
+  static T slope(T) { return T(1); }
+};
+
+// ---- the cells: one row, one step. `kept` are the rows of the tensors of gates.py's allocate(), `before` those of the step
+// before (or of the initial states), `hidden` what the next step multiplies.
+
+template <typename F>
+struct Simple {
+  static constexpr int states = 1, kept = 1;
+  template <typename T>
+  static void step(int64_t size, const T* __restrict gates, const T* const*, T* const* keep) {
+    T* __restrict hidden = keep[0];
+    for (int64_t i = 0; i < size; ++i) hidden[i] = F::value(gates[i]);
+  }
+  // grad: of the output. carried: of further states, in and out. direct: what reaches the output before past the gates.
+  template <typename T>
+  static void back(
+      int64_t size, const T* __restrict grad, const T* const*, const T* const* keep, T* __restrict grad_gates, T*, T*) {
+    const T* __restrict hidden = keep[0];
+    for (int64_t i = 0; i < size; ++i) grad_gates[i] = grad[i] * F::slope(hidden[i]);
+  }
+  static constexpr bool direct = false;
+};
+
+struct Lstm {
+  static constexpr int states = 2, kept = 3;
+  static constexpr bool direct = false;
+  template <typename T>
+  static void step(int64_t size, const T* __restrict gates, const T* const* before, T* const* keep) {
+    T *__restrict hidden = keep[0], *__restrict cell = keep[1], *__restrict g = keep[2];
+    const T* __restrict previous = before[1];
+    for (int64_t i = 0; i < 2 * size; ++i) g[i] = sigmoid_(gates[i]);
+    for (int64_t i = 2 * size; i < 3 * size; ++i) g[i] = tanh_(gates[i]);
+    for (int64_t i = 3 * size; i < 4 * size; ++i) g[i] = sigmoid_(gates[i]);
+    for (int64_t i = 0; i < size; ++i) {
+      cell[i] = g[size + i] * previous[i] + g[i] * g[2 * size + i];
+      hidden[i] = g[3 * size + i] * tanh_(cell[i]);
+    }
+  }
+  template <typename T>
+  static void back(
+      int64_t size, const T* __restrict grad, const T* const* before, const T* const* keep, T* __restrict grad_gates,
+      T* __restrict carried, T*) {
+    const T *__restrict cell = keep[1], *__restrict g = keep[2], *__restrict previous = before[1];
+    for (int64_t i = 0; i < size; ++i) {
+      const T in = g[i], forget = g[size + i], candidate = g[2 * size + i], out = g[3 * size + i];
+      const T squashed = tanh_(cell[i]);
+      const T grad_cell = carried[i] + grad[i] * out * (T(1) - squashed * squashed);
+      grad_gates[i] = grad_cell * candidate * Sigmoid::slope(in);
+      grad_gates[size + i] = grad_cell * previous[i] * Sigmoid::slope(forget);
+      grad_gates[2 * size + i] = grad_cell * in * Tanh::slope(candidate);
+      grad_gates[3 * size + i] = grad[i] * squashed * Sigmoid::slope(out);
+      carried[i] = grad_cell * forget;
+    }
+  }
+};
+
+struct Gru {
+  static constexpr int states = 1, kept = 2;
+  static constexpr bool direct = true;
+  template <typename T>
+  static void step(int64_t size, const T* __restrict gates, const T* const* before, T* const* keep) {
+    T *__restrict hidden = keep[0], *__restrict g = keep[1];
+    const T* __restrict previous = before[0];
+    for (int64_t i = 0; i < 2 * size; ++i) g[i] = sigmoid_(gates[i]);
+    for (int64_t i = 0; i < size; ++i) {
+      const T h_n = gates[3 * size + i];
+      const T n = tanh_(gates[2 * size + i] + g[i] * h_n);
+      g[2 * size + i] = n;
+      g[3 * size + i] = h_n;
+      hidden[i] = n + g[size + i] * (previous[i] - n);
+    }
+  }
+  template <typename T>
+  static void back(
+      int64_t size, const T* __restrict grad, const T* const* before, const T* const* keep, T* __restrict grad_gates, T*,
+      T* __restrict direct) {
+    const T *__restrict g = keep[1], *__restrict previous = before[0];
+    for (int64_t i = 0; i < size; ++i) {
+      const T r = g[i], z = g[size + i], n = g[2 * size + i], h_n = g[3 * size + i];
+      const T grad_x = grad[i] * (T(1) - z) * Tanh::slope(n);
+      grad_gates[i] = grad_x * h_n * Sigmoid::slope(r);
+      grad_gates[size + i] = grad[i] * (previous[i] - n) * Sigmoid::slope(z);
+      grad_gates[2 * size + i] = grad_x;
+      grad_gates[3 * size + i] = grad_x * r;
+      direct[i] = grad[i] * z;
+    }
+  }
+};
+
+int64_t padded(int64_t size) { return (size + PAD - 1) / PAD * PAD + PAD; }
+
+// A (B, T, F) tensor whose features are contiguous.
+template <typename T>
+struct Sequence {
+  T* data;
+  int64_t row, step, features;
+  explicit Sequence(const at::Tensor& tensor)
+      : data(tensor.data_ptr<T>()), row(tensor.stride(0)), step(tensor.stride(1)), features(tensor.size(2)) {
+    TORCH_CHECK(features <= 1 || tensor.stride(2) == 1, "expected contiguous features");
+  }
+  T* at(int64_t b, int64_t t) const { return data + b * row + t * step; }
+};
+
+template <typename T>
+std::vector<Sequence<T>> sequences(at::TensorList tensors) {
+  std::vector<Sequence<T>> result;
+  for (const auto& tensor : tensors) result.emplace_back(tensor);
+  return result;
+}
+
+// Points `rows` at step t of every kept tensor, or, before the first step, at the initial states.
+template <typename T, typename Cell>
+void rows_at(
+    const std::vector<Sequence<T>>& kept, const std::vector<const T*>& initial, int64_t size, int64_t b, int64_t t,
+    T* (&rows)[3]) {
+  for (int i = 0; i < Cell::kept; ++i)
+    rows[i] = t >= 0 ? kept[i].at(b, t) : (i < Cell::states ? const_cast<T*>(initial[i] + b * size) : nullptr);
+}
+
+template <typename T, typename Cell>
+void forward_rows(
+    int64_t begin, int64_t end, int64_t first, int64_t count, int64_t chunk, const Sequence<T>& known, const at::Tensor& matrix,
+    const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept, const Sequence<T>& u) {
+  const int64_t dims = u.features, size = kept[0].features, width = known.features, stride = matrix.size(1);
+  const int64_t u_stride = chunk * dims + 1, rows = end - begin;
+  const T* from_u = matrix.data_ptr<T>();
+  const T* from_hidden = from_u + (dims ? (chunk - 1) * dims * stride : 0);
+  std::vector<T> sums(rows * padded(width)), past(rows * u_stride);
+  const int64_t sum_stride = padded(width);
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t t = first + j;
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(&sums[r * sum_stride], known.at(begin + r, j), width * sizeof(T));
+    const T* hidden = t > 0 ? kept[0].at(begin, t - 1) : initial[0] + begin * size;
+    product<T>(rows, width, size, hidden, t > 0 ? kept[0].row : size, from_hidden, stride, sums.data(), sum_stride);
+    if (dims)
+      product<T>(
+          rows, width, j * dims, past.data(), u_stride, from_u + (chunk - 1 - j) * dims * stride, stride, sums.data(),
+          sum_stride);
+    for (int64_t r = 0; r < rows; ++r) {
+      T *now[3], *before[3];
+      rows_at<T, Cell>(kept, initial, size, begin + r, t, now);
+      rows_at<T, Cell>(kept, initial, size, begin + r, t - 1, before);
+      const T* sum = &sums[r * sum_stride];
+      std::memcpy(&past[r * u_stride + j * dims], sum, dims * sizeof(T));
+      std::memcpy(u.at(begin + r, t), sum, dims * sizeof(T));
+      Cell::template step<T>(size, sum + dims, before, now);
+    }
+  }
+}
+
+template <typename T, typename Cell>
+void backward_rows(
+    int64_t begin, int64_t end, int64_t first, int64_t count, int64_t chunk, const at::Tensor& matrix,
+    const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept, const std::vector<Sequence<T>>& grads,
+    const Sequence<T>& grad_u, const Sequence<T>& grad_sums, T* carry, T* carried) {
+  const int64_t dims = grad_u.features, size = kept[0].features, width = grad_sums.features, stride = matrix.size(1);
+  const int64_t rows = end - begin, h_stride = padded(size), w_stride = padded(width), u_stride = padded(chunk * dims);
+  const int64_t h_columns = dims ? (chunk - 1) * dims : 0;
+  const T* transposed = matrix.data_ptr<T>();  // (W, (C - 1) D + H)
+  std::vector<T> grad(rows * h_stride), wide(rows * w_stride), inputs(rows * u_stride), rest(rows * h_stride);
+  for (int64_t r = 0; r < rows; ++r) {
+    std::memcpy(&grad[r * h_stride], carry + (begin + r) * size, size * sizeof(T));
+    for (int64_t j = 0; j < count; ++j)
+      std::memcpy(&inputs[r * u_stride + j * dims], grad_u.at(begin + r, j), dims * sizeof(T));
+  }
+  for (int64_t j = count - 1; j >= 0; --j) {
+    const int64_t t = first + j;
+    for (int64_t r = 0; r < rows; ++r) {
+      T *now[3], *before[3];
+      rows_at<T, Cell>(kept, initial, size, begin + r, t, now);
+      rows_at<T, Cell>(kept, initial, size, begin + r, t - 1, before);
+      T *sum = &grad[r * h_stride], *further = nullptr;
+      const T* outer = grads[0].at(begin + r, t);
+      for (int64_t i = 0; i < size; ++i) sum[i] += outer[i];
+      if constexpr (Cell::states > 1) {
+        further = carried + (begin + r) * size;
+        const T* outer_cell = grads[1].at(begin + r, t);
+        for (int64_t i = 0; i < size; ++i) further[i] += outer_cell[i];
+      }
+      T* gates = &wide[r * w_stride];
+      std::memcpy(gates, &inputs[r * u_stride + j * dims], dims * sizeof(T));
+      Cell::template back<T>(size, sum, before, now, gates + dims, further, &rest[r * h_stride]);
+      std::memcpy(grad_sums.at(begin + r, j), gates, width * sizeof(T));
+      if constexpr (Cell::direct)
+        std::memcpy(sum, &rest[r * h_stride], size * sizeof(T));
+      else
+        std::memset(sum, 0, size * sizeof(T));
+    }
+    product<T>(rows, size, width, wide.data(), w_stride, transposed + h_columns, stride, grad.data(), h_stride);
+    // Columns past j * dims are spent: what the last vector adds there is never read.
+    product<T>(
+        rows, j * dims, width, wide.data(), w_stride, transposed + (chunk - 1 - j) * dims, stride, inputs.data(), u_stride);
+  }
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(carry + (begin + r) * size, &grad[r * h_stride], size * sizeof(T));
+}
+
+template <typename Function>
+void over_rows(int64_t batch, const Function& function) {
+  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    const int64_t tiles = (end - begin + TILE - 1) / TILE;
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      function(begin + (end - begin) * tile / tiles, begin + (end - begin) * (tile + 1) / tiles);
+  });
+}
+
+template <typename Function>
+void with_cell(const std::string& kind, const Function& function) {
+  if (kind == "tanh") return function(Simple<Tanh>());
+  if (kind == "sigmoid") return function(Simple<Sigmoid>());
+  if (kind == "relu") return function(Simple<Relu>());
+  if (kind == "linear") return function(Simple<Linear>());
+  if (kind == "lstm") return function(Lstm());
+  if (kind == "gru") return function(Gru());
+  TORCH_CHECK(false, "no cell ", kind);
+}
+
+template <typename T>
+std::vector<const T*> pointers(at::TensorList tensors) {
+  std::vector<const T*> result;
+  for (const auto& tensor : tensors) {
+    TORCH_CHECK(tensor.is_contiguous(), "expected contiguous states");
+    result.push_back(tensor.data_ptr<T>());
+  }
+  return result;
+}
+
+template <typename Function>
+void with_type(const at::Tensor& tensor, const Function& function) {
+  if (tensor.scalar_type() == at::kFloat) return function(float());
+  if (tensor.scalar_type() == at::kDouble) return function(double());
+  TORCH_CHECK(false, "expected float32 or float64, found ", tensor.scalar_type());
+}
+
+void forward(
+    const std::string kind, int64_t first, int64_t count, int64_t chunk, const at::Tensor& known, const at::Tensor& matrix,
+    at::TensorList states, at::TensorList kept, const at::Tensor& u) {
+  with_type(known, [&](auto scalar) {
+    using T = decltype(scalar);
+    with_cell(kind, [&](auto cell) {
+      using Cell = decltype(cell);
+      const Sequence<T> knowns(known), inputs(u);
+      const auto keep = sequences<T>(kept);
+      const auto initial = pointers<T>(states);
+      over_rows(known.size(0), [&](int64_t begin, int64_t end) {
+        forward_rows<T, Cell>(begin, end, first, count, chunk, knowns, matrix, initial, keep, inputs);
+      });
+    });
+  });
+}
+
+void backward(
+    const std::string kind, int64_t first, int64_t count, int64_t chunk, const at::Tensor& matrix, at::TensorList states,
+    at::TensorList kept, at::TensorList grads, const at::Tensor& grad_u, const at::Tensor& grad_sums, const at::Tensor& carry,
+    const at::Tensor& carried) {
+  with_type(grad_sums, [&](auto scalar) {
+    using T = decltype(scalar);
+    with_cell(kind, [&](auto cell) {
+      using Cell = decltype(cell);
+      const Sequence<T> inputs(grad_u), bases(grad_sums);
+      const auto keep = sequences<T>(kept), outer = sequences<T>(grads);
+      const auto initial = pointers<T>(states);
+      over_rows(grad_sums.size(0), [&](int64_t begin, int64_t end) {
+        backward_rows<T, Cell>(
+            begin, end, first, count, chunk, matrix, initial, keep, outer, inputs, bases, carry.data_ptr<T>(),
+            carried.data_ptr<T>());
+      });
+    });
+  });
+}
+
+// ---- the memory itself, for orders so small that a step of it fits a vector
+
+constexpr int64_t LANES = 8;
+
+template <typename T>
+struct Order {
+  typedef T type __attribute__((vector_size(LANES * sizeof(T))));
+};
+
+// The columns of S matrices (N, N), each filled up to a vector.
+template <typename T>
+std::vector<typename Order<T>::type> columns_of(const at::Tensor& matrices, bool transposed) {
+  const int64_t scales = matrices.size(0), order = matrices.size(1);
+  const auto values = matrices.accessor<T, 3>();
+  std::vector<typename Order<T>::type> columns(scales * order);
+  for (int64_t s = 0; s < scales; ++s)
+    for (int64_t k = 0; k < order; ++k) {
+      typename Order<T>::type column = {};
+      for (int64_t n = 0; n < order; ++n) column[n] = transposed ? values[s][k][n] : values[s][n][k];
+      columns[s * order + k] = column;
+    }
+  return columns;
+}
+
+template <typename T, int N>
+void memory_rows(
+    int64_t begin, int64_t end, const at::Tensor& starts, const at::Tensor& u, const std::vector<typename Order<T>::type>& A,
+    const std::vector<typename Order<T>::type>& B, const at::Tensor& states) {
+  using Vec = typename Order<T>::type;
+  const int64_t steps = u.size(1), dims = u.size(2);
+  const bool shared = B.size() == 1;
+  std::vector<Vec> memory(dims);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* start = starts.data_ptr<T>() + row * dims * N;
+    for (int64_t d = 0; d < dims; ++d)
+      for (int n = 0; n < N; ++n) memory[d][n] = start[d * N + n];
+    for (int64_t t = 0; t < steps; ++t) {
+      const T* input = u.data_ptr<T>() + (row * steps + t) * dims;
+      T* state = states.data_ptr<T>() + (row * steps + t) * dims * N;
+      for (int64_t d = 0; d < dims; ++d) {
+        const Vec* a = &A[shared ? 0 : d * N];
+        const Vec before = memory[d];
+        Vec after = B[shared ? 0 : d] * input[d];
+        for (int k = 0; k < N; ++k) after += a[k] * before[k];
+        memory[d] = after;
+        std::memcpy(state + d * N, &after, N * sizeof(T));
+      }
+    }
+  }
+}
+
+template <typename T, int N>
+void memory_back_rows(
+    int64_t begin, int64_t end, const at::Tensor& grads, const std::vector<typename Order<T>::type>& A,
+    const std::vector<typename Order<T>::type>& B, const at::Tensor& grad_starts, const at::Tensor& grad_u) {
+  using Vec = typename Order<T>::type;
+  const int64_t steps = grad_u.size(1), dims = grad_u.size(2);
+  const bool shared = B.size() == 1;
+  std::vector<Vec> memory(dims);
+  for (int64_t row = begin; row < end; ++row) {
+    std::fill(memory.begin(), memory.end(), Vec{});
+    for (int64_t t = steps - 1; t >= 0; --t) {
+      const T* grad = grads.data_ptr<T>() + (row * steps + t) * dims * N;
+      T* input = grad_u.data_ptr<T>() + (row * steps + t) * dims;
+      for (int64_t d = 0; d < dims; ++d) {
+        const Vec* a = &A[shared ? 0 : d * N];
+        Vec now = {};
+        std::memcpy(&now, grad + d * N, N * sizeof(T));
+        now += memory[d];
+        Vec before = {};
+        for (int k = 0; k < N; ++k) before += a[k] * now[k];
+        const Vec products = now * B[shared ? 0 : d];
+        T sum = 0;
+        for (int n = 0; n < N; ++n) sum += products[n];
+        input[d] = sum;
+        memory[d] = before;
+      }
+    }
+    T* start = grad_starts.data_ptr<T>() + row * dims * N;
+    for (int64_t d = 0; d < dims; ++d)
+      for (int n = 0; n < N; ++n) start[d * N + n] = memory[d][n];
+  }
+}
+
+template <typename Function, int N = LANES>
+void with_order(int64_t order, const Function& function) {
+  if (order == N) return function(std::integral_constant<int, N>());
+  if constexpr (N > 1) return with_order<Function, N - 1>(order, function);
+  TORCH_CHECK(false, "no order ", order);
+}
+
+void memory_forward(
+    const at::Tensor& starts, const at::Tensor& u, const at::Tensor& A, const at::Tensor& B, const at::Tensor& states) {
+  TORCH_CHECK(starts.is_contiguous() && u.is_contiguous() && states.is_contiguous(), "expected contiguous tensors");
+  with_type(u, [&](auto scalar) {
+    using T = decltype(scalar);
+    const auto a = columns_of<T>(A, false), b = columns_of<T>(B.unsqueeze(1).expand({-1, B.size(1), -1}), true);
+    std::vector<typename Order<T>::type> inputs;
+    for (int64_t s = 0; s < B.size(0); ++s) inputs.push_back(b[s * B.size(1)]);
+    with_order(B.size(1), [&](auto order) {
+      at::parallel_for(0, u.size(0), 1, [&](int64_t begin, int64_t end) {
+        memory_rows<T, decltype(order)::value>(begin, end, starts, u, a, inputs, states);
+      });
+    });
+  });
+}
+
+void memory_backward(
+    const at::Tensor& grads, const at::Tensor& A, const at::Tensor& B, const at::Tensor& grad_starts, const at::Tensor& grad_u) {
+  TORCH_CHECK(grads.is_contiguous() && grad_starts.is_contiguous() && grad_u.is_contiguous(), "expected contiguous tensors");
+  with_type(grad_u, [&](auto scalar) {
+    using T = decltype(scalar);
+    const auto a = columns_of<T>(A, true), b = columns_of<T>(B.unsqueeze(1).expand({-1, B.size(1), -1}), true);
+    std::vector<typename Order<T>::type> inputs;
+    for (int64_t s = 0; s < B.size(0); ++s) inputs.push_back(b[s * B.size(1)]);
+    with_order(B.size(1), [&](auto order) {
+      at::parallel_for(0, grad_u.size(0), 1, [&](int64_t begin, int64_t end) {
+        memory_back_rows<T, decltype(order)::value>(begin, end, grads, a, inputs, grad_starts, grad_u);
+      });
+    });
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY(lmu_hf, library) {
+  library.def(
+      "scan_forward(str kind, int first, int count, int chunk, Tensor known, Tensor matrix, Tensor[] states, "
+      "Tensor(a!)[] kept, Tensor(b!) u) -> ()");
+  library.def(
+      "scan_backward(str kind, int first, int count, int chunk, Tensor matrix, Tensor[] states, Tensor[] kept, "
+      "Tensor[] grads, Tensor grad_u, Tensor(a!) grad_sums, Tensor(b!) carry, Tensor(c!) carried) -> ()");
+  // starts (M, D, N), u (M, C, D), A (S, N, N), B (S, N), states (M, C, D, N)
+  library.def("memory_forward(Tensor starts, Tensor u, Tensor A, Tensor B, Tensor(a!) states) -> ()");
+  library.def("memory_backward(Tensor grads, Tensor A, Tensor B, Tensor(a!) grad_starts, Tensor(b!) grad_u) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(lmu_hf, CPU, library) {
+  library.impl("scan_forward", &forward);
+  library.impl("scan_backward", &backward);
+  library.impl("memory_forward", &memory_forward);
+  library.impl("memory_backward", &memory_backward);
+}
