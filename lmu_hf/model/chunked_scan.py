@@ -366,7 +366,7 @@ def _write_back(
         grads["states"] += _rows(starts, u, power).mT @ by_row
     if _step_by_step(order, u):
         to_starts, to_u = torch.empty_like(starts, memory_format=torch.contiguous_format), u.new_empty(*by_chunk.shape[:3])
-        torch.ops.lmu_hf.memory_backward(grad, *_single_step(states, order), to_starts, to_u)
+        torch.ops.lmu_hf.memory_backward(grad, *_single_step(states, order), to_starts, to_u, None)
         return to_starts, to_u
     to_rows = by_row @ states.mT
     to_rows = to_rows.view(len(starts), -1, order + chunk) if scales == 1 else to_rows.transpose(0, 1)

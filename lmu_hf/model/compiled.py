@@ -3,10 +3,15 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# Largest order for which the memory has an operator of its own; LANES in scan.cpp.
+# Largest order that the compiled loop of the memory takes, and up to which it beats products also where these fill the machine.
+LARGEST_ORDER = 32
 SMALL_ORDER = 8
+
+# Columns to which the compiled loops want their matrices filled up; PAD in scan.cpp.
+_PAD = 16
 
 _load: Callable[[], bool] | None = None
 
@@ -24,3 +29,8 @@ def available(like: Tensor) -> bool:
     if not plain or like.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
         return False
     return _load is not None and _load()
+
+
+def filled_up(matrix: Tensor) -> Tensor:
+    """The matrix with zero columns, as many as the compiled loops may read past its end."""
+    return F.pad(matrix, (0, _PAD + -matrix.shape[-1] % _PAD))

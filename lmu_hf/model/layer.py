@@ -15,17 +15,13 @@ from .cell_registry import HiddenCellSpec
 from .cells import is_recurrent
 from .gates import gate_weights
 from .lmu_cell import LMUCell
-from .lookahead import (
-    gated_scan,
-    lookahead_input,
-    lookahead_recurrence,
-    uncoupled_recurrence,
-    unsupported,
-)
+from .lookahead import gated_scan, lookahead_input, lookahead_recurrence, uncoupled_recurrence
 from .memory import ALGORITHMS, linear_memory
+from .plan import Plan, make_plan
 from .ragged import blank, check_lengths, last_valid, pack, reverse, to_front, to_place, where_started
 from .recurrence import naive_recurrence, naive_scan
-from .state import BidirectionalState, LMUState
+from .state import BidirectionalState, Dropout, LMUState
+from .stepper import LMUStepper
 
 
 class LMU(nn.Module):
@@ -45,8 +41,9 @@ class LMU(nn.Module):
         stateful: start each call from the state where the one before ended; see :meth:`reset_state`.
         go_backwards: run from the last step to the first; sequence outputs come in that order too.
         bidirectional: run both ways, with separate weights, and join the outputs, both in time order.
-        algorithm: how the memory is computed: "auto", "naive", "chunked", "fft", "final" or, where the state is fed back,
-            "lookahead". A choice of this run that is not part of a checkpoint; may be set at any time.
+        algorithm: how the memory is computed: "auto", "naive", "chunked", "fft", "final", "scan" or, where the state is fed
+            back, "lookahead". A choice of this run that is not part of a checkpoint; may be set at any time. :meth:`explain`
+            tells what "auto" chooses.
         **kwargs: the other arguments of :class:`LMUCell`.
 
     Raises:
@@ -108,7 +105,7 @@ class LMU(nn.Module):
                 "algorithm: 'lookahead' is for hidden_to_memory or memory_to_memory; without them the memory's input is known "
                 "in advance, so use 'chunked', 'fft' or 'auto'"
             )
-        if name in ("chunked", "fft", "final") and self.cell.coupled:
+        if name in ("chunked", "fft", "final", "scan") and self.cell.coupled:
             raise ValueError(
                 f"algorithm: {name!r} needs a memory whose input is known in advance, but hidden_to_memory or "
                 "memory_to_memory feed the state back into it; use 'auto', 'lookahead' or 'naive'"
@@ -255,38 +252,40 @@ class LMU(nn.Module):
         """Runs one direction over rows whose valid steps come first."""
         state = cell.check_state(initial_state, x)
         dropout, system = cell.sample_dropout(x), cell.system()
-        # A single step has nothing to look ahead to, and an exported graph cannot hold the autograd function of the fast loops.
-        simple = (x.shape[1] == 1 or torch.compiler.is_exporting()) and (cell.coupled or self._hidden_is_recurrent)
-        naive = self.algorithm == "naive" or (self.algorithm == "auto" and simple)
-        weights = None if naive else gate_weights(cell.hidden_cell)
-        if cell.coupled and not naive:
-            reason = unsupported(cell, weights, dropout)
-            if reason is not None and self.algorithm == "lookahead":
-                raise ValueError(f"algorithm: 'lookahead' cannot run this layer, because {reason}; use 'auto' or 'naive'")
-            naive = reason is not None
-        if naive:
-            return naive_recurrence(cell, x, state, lengths, system, dropout, return_sequence=return_sequences)
-        if cell.hidden_to_memory:
+        weights = None if x.shape[1] == 1 or self.algorithm == "naive" else gate_weights(cell.hidden_cell)
+        wanted = [x, *cell.parameters(recurse=False)]
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
+        like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        plan = make_plan(
+            cell,
+            self.algorithm,
+            x.shape[0],
+            x.shape[1],
+            weights,
+            dropout,
+            return_sequences=return_sequences,
+            training=training,
+            like=like,
+        )
+        sequence: Any = {"return_sequence": return_sequences}
+        if self.algorithm == "naive" or (plan.memory == "naive" and (cell.coupled or self._hidden_is_recurrent)):
+            return naive_recurrence(cell, x, state, lengths, system, dropout, **sequence)
+        if plan.memory == "lookahead":
             assert weights is not None
-            return lookahead_recurrence(cell, weights, x, state, lengths, system, dropout, return_sequence=return_sequences)
+            return lookahead_recurrence(cell, weights, x, state, lengths, system, dropout, plan.chunk, **sequence)
         if cell.memory_to_memory:
             u = lookahead_input(cell, x, state.memory, system, dropout)
         else:
             u = cell.encode(x, dropout=dropout)
-        algorithm = "auto" if self.algorithm == "lookahead" else self.algorithm
+        if plan.memory in ("folded", "written"):
+            assert weights is not None
+            folds = plan.memory == "folded"
+            return uncoupled_recurrence(cell, weights, x, u, state, lengths, system, plan.chunk, folds=folds, **sequence)
         # None rather than zeros where there is no state: its response need not be computed.
         start = None if initial_state is None else state.memory
-        if weights is not None and self._hidden_is_recurrent and x.shape[1] > 1:
-            if algorithm == "auto":
-                return uncoupled_recurrence(cell, weights, x, u, state, lengths, system, return_sequence=return_sequences)
-            states, final_memory = linear_memory(u, system, start, lengths, algorithm=algorithm)
-            assert states is not None
-            base = nn.functional.linear(cell.hidden_input(states, x), weights.input_weight.mT, weights.bias)
-            output, hidden = gated_scan(weights, base, state.hidden, lengths, return_sequence=return_sequences)
-            return output, LMUState(final_memory, hidden)
         hidden_cell = cell.hidden_cell
         all_states = return_sequences or self._hidden_is_recurrent
-        memory, final_memory = linear_memory(u, system, start, lengths, return_sequence=all_states, algorithm=algorithm)
+        memory, final_memory = linear_memory(u, system, start, lengths, return_sequence=all_states, algorithm=plan.memory)
         if memory is None:
             z = cell.hidden_input(final_memory, last_valid(x, lengths))
             output, hidden = (z, ()) if hidden_cell is None else hidden_cell(z, state.hidden)
@@ -295,7 +294,11 @@ class LMU(nn.Module):
                 output = output.masked_fill((lengths == 0)[:, None], 0)
         elif hidden_cell is not None and self._hidden_is_recurrent:
             z = cell.hidden_input(memory, x)
-            output, hidden = naive_scan(hidden_cell, z, state.hidden, lengths, return_sequence=return_sequences)
+            if weights is None:
+                output, hidden = naive_scan(hidden_cell, z, state.hidden, lengths, **sequence)
+            else:
+                base = nn.functional.linear(z, weights.input_weight.mT, weights.bias)
+                output, hidden = gated_scan(weights, base, state.hidden, lengths, **sequence)
             return output, LMUState(final_memory, hidden)
         else:
             z = cell.hidden_input(memory, x)
@@ -304,6 +307,56 @@ class LMU(nn.Module):
             hidden = tuple(last_valid(tensor, lengths) for tensor in hidden)
         hidden = tuple(where_started(new, old, lengths) for new, old in zip(hidden, state.hidden, strict=True))
         return output, LMUState(final_memory, hidden)
+
+    def explain(self, batch: int, steps: int, *, return_sequences: bool | None = None, training: bool | None = None) -> Plan:
+        """How a call with inputs of this size is computed, and why.
+
+        Args:
+            batch: number of rows.
+            steps: number of time steps.
+            return_sequences: all outputs are wanted; as the layer says when None.
+            training: with gradients and dropout; as the layer's mode when None.
+
+        Raises:
+            ValueError: the algorithm that the layer names cannot run it, or a number is not positive.
+        """
+        if batch < 1 or steps < 1:
+            raise ValueError(f"explain: expected at least one row and one step, found batch={batch}, steps={steps}")
+        cell = self.cell
+        training = self.training if training is None else training
+        x = next((weight for weight in cell.parameters() if weight.is_floating_point()), torch.empty(0))
+        like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        rates = (cell.dropout, cell.recurrent_dropout)
+        dropout = Dropout(*(like if training and rate else None for rate in rates))
+        weights = None if self.algorithm == "naive" else gate_weights(cell.hidden_cell)
+        every = self.return_sequences if return_sequences is None else return_sequences
+        return make_plan(
+            cell,
+            self.algorithm,
+            batch,
+            steps,
+            weights,
+            dropout,
+            return_sequences=every,
+            training=training,
+            like=like,
+        )
+
+    def stepper(self, batch_size: int = 1) -> LMUStepper:
+        """Streams of samples through this layer, one step at a time, with the weights as they are now.
+
+        Args:
+            batch_size: number of streams.
+
+        Raises:
+            ValueError: the layer needs the end of a sequence first, or ``batch_size`` is not positive.
+        """
+        if self.bidirectional or self.go_backwards:
+            found = "bidirectional" if self.bidirectional else "go_backwards"
+            raise ValueError(
+                f"stepper: a layer with {found}=True begins at the end of a sequence and cannot follow a stream"
+            )
+        return LMUStepper(self.cell, batch_size)
 
     def extra_repr(self) -> str:
         names = ("return_sequences", "return_state", "time_major", "stateful", "go_backwards", "bidirectional")

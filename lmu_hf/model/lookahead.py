@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunked_scan import ChunkOperators, chunked_scan
+from .costs import coupled_chunk
 from .folding import encoder_matrix, feedback_operators, final_memory, input_operators
 from .gates import GateWeights
 from .legendre import DelaySystem
@@ -38,17 +39,6 @@ if TYPE_CHECKING:
 State = tuple[Tensor, ...]
 
 
-def unsupported(cell: LMUCell, weights: GateWeights | None, dropout: Dropout) -> str | None:
-    """Why a coupled layer, whose hidden cell has the gate form ``weights``, cannot run in this way; None if it can."""
-    if cell.encoder_act != "linear":
-        return "encoder_act makes u a non-linear function of the state"
-    if dropout.recurrent is not None or (dropout.encoder is not None and cell.hidden_to_memory):
-        return "the dropout of what is fed back differs from row to row"
-    if cell.hidden_to_memory and weights is None:
-        return "the hidden cell that is fed back has no form as affine gates"
-    return None
-
-
 def lookahead_recurrence(
     cell: LMUCell,
     weights: GateWeights,
@@ -57,16 +47,17 @@ def lookahead_recurrence(
     lengths: Tensor | None,
     system: DelaySystem,
     dropout: Dropout,
+    chunk: int,
     *,
     return_sequence: bool,
 ) -> tuple[Tensor, LMUState]:
-    """Runs an LMU with ``hidden_to_memory``. Equals ``naive_recurrence`` to rounding, with the same results and arguments but
-    for ``weights``, the gate form of the hidden cell.
+    """Runs an LMU with ``hidden_to_memory``, ``chunk`` steps at a time. Equals ``naive_recurrence`` to rounding, with the same
+    results and arguments but for ``weights``, the gate form of the hidden cell.
 
     Computes in float32 or better. Its gradient cannot be differentiated again.
     """
     with torch.autocast(x.device.type, enabled=False):
-        u, starts, sequences = _run(cell, x, state.memory, state.hidden, weights, system, dropout)
+        u, starts, sequences = _run(cell, x, state.memory, state.hidden, weights, system, dropout, chunk)
         memory = final_memory(u, starts, system, x.shape[1], lengths)
     output, hidden = _finish(sequences, state.hidden, lengths, return_sequence)
     return output.to(x.dtype), LMUState.of((memory, *hidden))
@@ -76,8 +67,9 @@ def lookahead_input(cell: LMUCell, x: Tensor, memory: Tensor, system: DelaySyste
     """The memory's input u (B, T, D) of an LMU with ``memory_to_memory`` only, for which no hidden state is needed."""
     empty = x.new_zeros(0, 0)
     weights = GateWeights("linear", x.new_zeros(cell.memory_d * cell.order, 0), empty, None)
+    chunk = coupled_chunk(x.shape[0], x.shape[1], cell.memory_d, cell.order, 0, cell.memory_d)
     with torch.autocast(x.device.type, enabled=False):
-        u, *_ = _run(cell, x, memory, (x.new_zeros(x.shape[0], 0),), weights, system, dropout)
+        u, *_ = _run(cell, x, memory, (x.new_zeros(x.shape[0], 0),), weights, system, dropout, chunk)
     return u[:, : x.shape[1]]
 
 
@@ -89,21 +81,21 @@ def uncoupled_recurrence(
     state: LMUState,
     lengths: Tensor | None,
     system: DelaySystem,
+    chunk: int,
     *,
+    folds: bool,
     return_sequence: bool,
 ) -> tuple[Tensor, LMUState]:
     """Runs an LMU without feedback into the memory, whose input ``u`` (B, T, D) is known in advance.
 
-    The memory is folded into the weights that read it, or, where its order is small, written a few chunks at a time.
-    Otherwise like :func:`lookahead_recurrence`.
+    ``chunk`` steps at a time the memory is folded into the weights that read it, or else written. Otherwise like
+    :func:`lookahead_recurrence`.
     """
-    dtype, batch, steps, dims = torch.promote_types(x.dtype, torch.float32), *x.shape[:2], cell.memory_d
+    dtype, steps, dims = torch.promote_types(x.dtype, torch.float32), x.shape[1], cell.memory_d
     with torch.autocast(x.device.type, enabled=False):
         kind, input_weight, hidden_weight, bias = weights.to(dtype)
         assert hidden_weight is not None
         of_memory, of_input = input_weight.tensor_split([dims * cell.order])
-        folds = worth_folding(batch, steps, dims, cell.order, input_weight.shape[1])
-        chunk = 16 if folds else 32
         operators = ChunkOperators(
             hidden_weight, system.power(chunk, dtype, x.device), system.impulse_response(chunk, dtype, x.device).flip(1)
         )
@@ -150,38 +142,20 @@ def gated_scan(
     return output.to(state[0].dtype), final
 
 
-def worth_folding(batch: int, steps: int, memory_d: int, order: int, width: int, chunk: int = 16) -> bool:
-    """Whether folding takes fewer operations than writing the memory; ``width`` is the number of columns of K."""
-    writes = batch * steps * memory_d * order * (chunk + order)
-    folds = batch * steps * memory_d * chunk * width
-    # Forward and backward, twice; the operators themselves are built once forward and twice backward.
-    build = chunk * memory_d * order * order * width
-    return folds + build < writes
-
-
-def chunk_size(batch: int, steps: int, memory_d: int, order: int, hidden_size: int, width: int) -> int:
-    """Steps per chunk with the least estimated work.
-
-    Longer chunks mean fewer advances of the memory but a longer short kernel per step, and more operators to build.
-    """
-
-    def work(size: int) -> float:
-        per_step = batch * (hidden_size + size * memory_d / 2) * width
-        per_chunk = batch * memory_d * order * order + 2e6  # the constant: what some ten small calls cost, in products
-        build = 2 * size * memory_d * order * order * width
-        return steps * per_step + steps / size * per_chunk + build
-
-    return min((size for size in (1, 2, 4, 8, 16, 32) if size <= max(steps, 1)), key=work)
-
-
 def _run(
-    cell: LMUCell, x: Tensor, memory: Tensor, hidden: State, weights: GateWeights, system: DelaySystem, dropout: Dropout
+    cell: LMUCell,
+    x: Tensor,
+    memory: Tensor,
+    hidden: State,
+    weights: GateWeights,
+    system: DelaySystem,
+    dropout: Dropout,
+    chunk: int,
 ) -> tuple[Tensor, Tensor, State]:
     """Returns u (B, K * C, D), the memory at the start of each chunk (B, K, D * N), and the state sequences (B, T, H)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    batch, steps = x.shape[:2]
+    steps = x.shape[1]
     kind, input_weight, hidden_weight, bias = weights.to(dtype)
-    chunk = chunk_size(batch, steps, cell.memory_d, cell.order, hidden[0].shape[1], cell.memory_d + input_weight.shape[1])
     fold, step, direct = feedback_operators(cell, input_weight, hidden_weight, system, chunk)
 
     # What the inputs contribute, in one product: x -> u, and x -> gates, directly and through u.

@@ -1,17 +1,18 @@
 """The linear memory over a whole sequence: m[t] = Ad m[t-1] + Bd u[t] for every memory dimension.
 
-One pure function, :func:`linear_memory`, and four algorithms that give the same numbers:
+One pure function, :func:`linear_memory`, and five algorithms that give the same numbers:
 
 =========  ============================================================  =======================================
 name       how                                                           good for
 =========  ============================================================  =======================================
-naive      one step after the other                                      the reference; very short sequences
+naive      one step after the other                                      the reference
 chunked    C steps at once by one product with a constant operator       all states, most sizes
 fft        product of spectra with the impulse response                  all states, one sequence, high order
 final      one product with the reversed impulse response                the last state only
+scan       one step after the other, compiled                            low order, on the CPU
 =========  ============================================================  =======================================
 
-The three parallel ones follow Chilkuri & Eliasmith 2021 (eq. 22-26), extended by an initial state, by rows of different
+The parallel ones follow Chilkuri & Eliasmith 2021 (eq. 22-26), extended by an initial state, by rows of different
 lengths and by one theta per memory dimension.
 
 Axes: ``B T D N`` are batch, time, memory dimension, order. ``S`` is 1 when all dimensions share one theta, else D; inside
@@ -24,10 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compiled import LARGEST_ORDER, available
+from .costs import memory_algorithm, memory_chunk
 from .legendre import DelaySystem
 from .ragged import blank, check_lengths, last_valid, reverse, where_started
 
-ALGORITHMS = ("naive", "chunked", "fft", "final")
+ALGORITHMS = ("naive", "chunked", "fft", "final", "scan")
 
 # Time steps that the last-state product takes at once; bounds its operator at long T.
 _FINAL_SEGMENT = 4096
@@ -54,7 +57,7 @@ def linear_memory(
         lengths: number of valid steps per row (B,), an integer tensor. Later steps leave the state of the row as it is, and
             their values of ``u`` are never read. All steps are valid when None.
         return_sequence: also return the state after each step.
-        algorithm: "naive", "chunked", "fft", "final" or "auto", which chooses by the sizes. All agree to rounding.
+        algorithm: "naive", "chunked", "fft", "final", "scan" or "auto", which chooses by the sizes. All agree to rounding.
 
     Returns:
         The states after each step (B, T, D, N), zero past the length of a row, or None without ``return_sequence``; and
@@ -76,7 +79,7 @@ def linear_memory(
     if lengths is not None:
         lengths = check_lengths(lengths, batch, steps, u.device)
     if algorithm == "auto":
-        algorithm = choose_algorithm(batch, steps, dims, system.order, return_sequence)
+        algorithm, _ = choose_algorithm(u, initial_state, system, return_sequence)
     if algorithm not in _IMPLEMENTATIONS:
         raise ValueError(f"algorithm: expected 'auto' or one of {list(ALGORITHMS)}, found {algorithm!r}")
     if algorithm == "final" and return_sequence:
@@ -91,17 +94,6 @@ def linear_memory(
             initial_state = initial_state.to(dtype)
         states, final = _IMPLEMENTATIONS[algorithm](u, system, initial_state, lengths)
         return (states if return_sequence else None), final
-
-
-def choose_algorithm(batch: int, steps: int, dims: int, order: int, return_sequence: bool) -> str:
-    """The algorithm that ``auto`` takes for these sizes, by measurements on a CPU."""
-    if not return_sequence:
-        return "final"
-    if steps < 4:
-        return "naive"
-    if batch * dims <= 2 and order >= 64 and steps <= 4096:
-        return "fft"
-    return "chunked"
 
 
 def naive_linear_memory(
@@ -123,6 +115,29 @@ def naive_linear_memory(
     return torch.stack(states, dim=1), memory
 
 
+def choose_algorithm(u: Tensor, initial_state: Tensor | None, system: DelaySystem, return_sequence: bool) -> tuple[str, int]:
+    """The algorithm that ``auto`` takes here, and its steps per chunk, 0 where it has none."""
+    batch, steps, dims = u.shape
+    return memory_algorithm(
+        batch * dims,
+        steps,
+        system.order,
+        return_sequence=return_sequence,
+        training=_training(u, initial_state, system.Ad),
+        compiled=available(u.new_empty(0, dtype=torch.promote_types(u.dtype, torch.float32))),
+        measured=measured(u),
+    )
+
+
+def measured(like: Tensor) -> bool:
+    """Whether the models of :mod:`costs` hold for tensors like this one."""
+    return like.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _training(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def memory_step(memory: Tensor, u: Tensor, Ad: Tensor, Bd: Tensor) -> Tensor:
     """One step of the memory: m (B, D, N), u (B, D), Ad (S, N, N), Bd (S, N) -> (B, D, N), in the dtype of ``Ad``."""
     if torch.is_autocast_enabled(u.device.type):
@@ -136,7 +151,9 @@ def memory_step(memory: Tensor, u: Tensor, Ad: Tensor, Bd: Tensor) -> Tensor:
 
 def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     inputs = fold_rows(u, system.scales)
-    size = min(inputs.shape[2], _chunk_size(inputs.shape[1], system.order))
+    rows, steps = inputs.shape[0] * inputs.shape[1], inputs.shape[2]
+    training = _training(inputs, initial_state, system.Ad)
+    size = min(steps, memory_chunk(rows, steps, system.order, training=training, measured=measured(u)))
     operator = system.chunk_operator(size, u.dtype, u.device)
     memory = None if initial_state is None else fold_state(initial_state, system.scales)
     # Tracers follow plain operations only.
@@ -212,6 +229,54 @@ class _Chunks(torch.autograd.Function):
         return torch.cat(grad_inputs[::-1], dim=2), (carry if ctx.needs_input_grad[1] else None), grad_operator, None
 
 
+def _scan(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    if system.order > LARGEST_ORDER or not available(u):
+        reason = (
+            f"an order of at most {LARGEST_ORDER}, found {system.order}" if available(u) else "the compiled loop and a CPU"
+        )
+        raise ValueError(f"algorithm: 'scan' needs {reason}; use 'chunked' or 'auto'")
+    memory = _zero_state(u, system) if initial_state is None else initial_state
+    return _finish(_Scan.apply(u, memory, *system.matrices(u.dtype, u.device)), initial_state, lengths)
+
+
+class _Scan(torch.autograd.Function):
+    """u (B, T, D), memory before it (B, D, N), Ad (S, N, N), Bd (S, N) -> states (B, T, D, N)."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, memory: Tensor, Ad: Tensor, Bd: Tensor) -> Tensor:
+        memory = memory.contiguous()
+        states = u.new_empty(*u.shape, Bd.shape[1])
+        torch.ops.lmu_hf.memory_forward(memory, u.contiguous(), Ad, Bd, states)
+        # Only the gradient of the system, which a trained theta asks for, looks at the states again.
+        trained = any(ctx.needs_input_grad[2:])
+        ctx.save_for_backward(u, memory, Ad, Bd, *((states,) if trained else ()))
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, grad_states: Tensor) -> tuple:
+        u, memory, Ad, Bd, *states = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Somebody wants a second derivative, which the plain operations have.
+            steps = []
+            state = memory
+            for t in range(u.shape[1]):
+                state = memory_step(state, u[:, t], Ad, Bd)
+                steps.append(state)
+            needed = [tensor for tensor, wanted in zip((u, memory, Ad, Bd), ctx.needs_input_grad, strict=True) if wanted]
+            grads = iter(torch.autograd.grad(torch.stack(steps, dim=1), needed, grad_states, create_graph=True))
+            return tuple(next(grads) if wanted else None for wanted in ctx.needs_input_grad)
+        grad_memory, grad_u = torch.empty_like(memory), torch.empty_like(u, memory_format=torch.contiguous_format)
+        arriving = torch.empty_like(states[0]) if states else None
+        torch.ops.lmu_hf.memory_backward(grad_states.contiguous(), Ad, Bd, grad_memory, grad_u, arriving)
+        grad_Ad = grad_Bd = None
+        if arriving is not None:
+            before = torch.cat([memory[:, None], states[0][:, :-1]], dim=1)
+            by_scale = "btdi,btdj->ij" if len(Ad) == 1 else "btdi,btdj->dij"
+            grad_Ad = torch.einsum(by_scale, arriving, before).view_as(Ad)
+            grad_Bd = torch.einsum("btdi,btd->i" if len(Bd) == 1 else "btdi,btd->di", arriving, u).view_as(Bd)
+        return grad_u, grad_memory, grad_Ad, grad_Bd
+
+
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """out = left @ right for (S, ...) matrices, into a part of a larger tensor."""
     if len(left) == 1:
@@ -251,13 +316,7 @@ def _final(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths
     return None, final
 
 
-_IMPLEMENTATIONS = {"naive": naive_linear_memory, "chunked": _chunked, "fft": _fft, "final": _final}
-
-
-def _chunk_size(rows: int, order: int) -> int:
-    # Work per step grows with the chunk, the number of sequential products falls with it; few rows or a low order leave
-    # each product too small to fill the machine.
-    return 16 if rows >= 16 and order >= 32 else 64
+_IMPLEMENTATIONS = {"naive": naive_linear_memory, "chunked": _chunked, "fft": _fft, "final": _final, "scan": _scan}
 
 
 def _advance(memory: Tensor, system: DelaySystem, steps: int, lengths: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from .cells import ACTIVATIONS, reset_hidden_cell
 from .configuration_lmu import LMUConfig
 from .layer import LMU
 from .offload import weights_at_hand
+from .plan import Plan
 from .ragged import Packing, blank, last_valid, pack, reverse, to_front, to_place
 from .streaming import LMUStreamer
 from .weights import is_loaded
@@ -186,8 +187,20 @@ class LMUPreTrainedModel(PreTrainedModel):
             custom_object_save(home, save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def explain(
+        self, batch: int, steps: int, *, return_sequences: bool | None = None, training: bool | None = None
+    ) -> list[Plan]:
+        """How each layer would compute inputs of this size, and why; see :meth:`LMU.explain`."""
+        layers = self._lmus()
+        every = self.config.return_sequences if return_sequences is None else return_sequences
+        last = len(layers) - 1
+        return [
+            layer.explain(batch, steps, return_sequences=every or index < last, training=training)
+            for index, layer in enumerate(layers)
+        ]
+
     def set_algorithm(self, name: str) -> None:
-        """Chooses the memory algorithm of every layer: "auto", "naive", "chunked", "fft", "final" or "lookahead". Not saved.
+        """Chooses the memory algorithm of every layer by name: "auto" or one that :class:`LMU` lists. Not saved.
 
         Raises:
             ValueError: a layer cannot use it; no layer is changed then.

@@ -10,16 +10,12 @@ operator of :mod:`lmu_hf.native`, where that is installed. A checkpoint that car
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import available
+from .compiled import available, filled_up
 from .gates import GATES
 
 State = tuple[Tensor, ...]
-
-# Columns to which the compiled loop wants its matrices filled up; PAD in scan.cpp.
-_PAD = 16
 
 
 class NaiveScan:
@@ -33,6 +29,8 @@ class NaiveScan:
         states: hidden state tensors before the first step, (B, H) each.
         kept: what ``GATES[kind].allocate`` made.
     """
+
+    language = "python"
 
     def __init__(self, kind: str, step: Tensor, chunk: int, dims: int, states: State, kept: State):
         self.dims, self.kept = dims, kept
@@ -108,6 +106,8 @@ class NaiveScan:
 class CompiledScan:
     """:class:`NaiveScan` with its loop in C++."""
 
+    language = "compiled"
+
     def __init__(self, kind: str, step: Tensor, chunk: int, dims: int, states: State, kept: State):
         self.kind, self.step, self.chunk = kind, step, chunk
         self.states, self.kept = [state.contiguous() for state in states], list(kept)
@@ -115,12 +115,12 @@ class CompiledScan:
 
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
         if self.matrix is None:
-            self.matrix = _filled_up(self.step)
+            self.matrix = filled_up(self.step)
         torch.ops.lmu_hf.scan_forward(self.kind, first, count, self.chunk, known, self.matrix, self.states, self.kept, u)
 
     def start_backward(self, grads: State) -> None:
         self.grads = [grad.contiguous() for grad in grads]
-        self.matrix = _filled_up(self.step.mT)
+        self.matrix = filled_up(self.step.mT)
         self.carries = [torch.zeros_like(state) for state in self.states]
 
     def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
@@ -141,10 +141,6 @@ class CompiledScan:
 
     def initial_gradients(self) -> State:
         return tuple(self.carries)
-
-
-def _filled_up(matrix: Tensor) -> Tensor:
-    return F.pad(matrix, (0, _PAD + -matrix.shape[1] % _PAD))
 
 
 def scan_class(like: Tensor) -> type[NaiveScan] | type[CompiledScan]:

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -438,126 +439,241 @@ void backward(
   });
 }
 
-// ---- the memory itself, for orders so small that a step of it fits a vector
+// ---- the memory itself, step by step, for orders so small that a step of it fits a few vectors
 
-constexpr int64_t LANES = 8;
-
-template <typename T>
-struct Order {
-  typedef T type __attribute__((vector_size(LANES * sizeof(T))));
+// The memory's numbers, padded to Lanes; Order is 0 where it is known at run time only.
+template <int Lanes, int Order>
+struct Width {
+  static constexpr int lanes = Lanes, order = Order;
 };
 
-// The columns of S matrices (N, N), each filled up to a vector.
-template <typename T>
-std::vector<typename Order<T>::type> columns_of(const at::Tensor& matrices, bool transposed) {
-  const int64_t scales = matrices.size(0), order = matrices.size(1);
-  const auto values = matrices.accessor<T, 3>();
-  std::vector<typename Order<T>::type> columns(scales * order);
-  for (int64_t s = 0; s < scales; ++s)
-    for (int64_t k = 0; k < order; ++k) {
-      typename Order<T>::type column = {};
-      for (int64_t n = 0; n < order; ++n) column[n] = transposed ? values[s][k][n] : values[s][n][k];
-      columns[s * order + k] = column;
-    }
-  return columns;
+template <typename Function, int N = 8>
+void with_width(int64_t order, const Function& function) {
+  TORCH_CHECK(order <= 32, "expected an order up to 32, found ", order);
+  if (order > 16) return function(Width<32, 0>());
+  if (order > 8) return function(Width<16, 0>());
+  if (order == N) return function(Width<8, N>());
+  if constexpr (N > 1) return with_width<Function, N - 1>(order, function);
 }
 
-template <typename T, int N>
-void memory_rows(
-    int64_t begin, int64_t end, const at::Tensor& starts, const at::Tensor& u, const std::vector<typename Order<T>::type>& A,
-    const std::vector<typename Order<T>::type>& B, const at::Tensor& states) {
-  using Vec = typename Order<T>::type;
-  const int64_t steps = u.size(1), dims = u.size(2);
-  const bool shared = B.size() == 1;
-  std::vector<Vec> memory(dims);
-  for (int64_t row = begin; row < end; ++row) {
-    const T* start = starts.data_ptr<T>() + row * dims * N;
-    for (int64_t d = 0; d < dims; ++d)
-      for (int n = 0; n < N; ++n) memory[d][n] = start[d * N + n];
-    for (int64_t t = 0; t < steps; ++t) {
-      const T* input = u.data_ptr<T>() + (row * steps + t) * dims;
-      T* state = states.data_ptr<T>() + (row * steps + t) * dims * N;
-      for (int64_t d = 0; d < dims; ++d) {
-        const Vec* a = &A[shared ? 0 : d * N];
-        const Vec before = memory[d];
-        Vec after = B[shared ? 0 : d] * input[d];
-        for (int k = 0; k < N; ++k) after += a[k] * before[k];
-        memory[d] = after;
-        std::memcpy(state + d * N, &after, N * sizeof(T));
+template <typename T, int Lanes>
+struct Numbers {
+  typedef T type __attribute__((vector_size(Lanes * sizeof(T))));
+};
+
+// S systems: the columns of A (N, N), or of its transpose, and B (N), each filled up to Lanes.
+template <typename T, int Lanes>
+struct Systems {
+  using Vec = typename Numbers<T, Lanes>::type;
+  std::vector<Vec> columns, inputs;
+  Systems(const at::Tensor& A, const at::Tensor& B, bool transposed) {
+    const int64_t scales = A.size(0), order = A.size(1);
+    const auto a = A.accessor<T, 3>();
+    const auto b = B.accessor<T, 2>();
+    for (int64_t s = 0; s < scales; ++s) {
+      Vec input = {};
+      for (int64_t k = 0; k < order; ++k) {
+        Vec column = {};
+        for (int64_t n = 0; n < order; ++n) column[n] = transposed ? a[s][k][n] : a[s][n][k];
+        columns.push_back(column);
+        input[k] = b[s][k];
       }
+      inputs.push_back(input);
     }
   }
-}
+};
 
-template <typename T, int N>
-void memory_back_rows(
-    int64_t begin, int64_t end, const at::Tensor& grads, const std::vector<typename Order<T>::type>& A,
-    const std::vector<typename Order<T>::type>& B, const at::Tensor& grad_starts, const at::Tensor& grad_u) {
-  using Vec = typename Order<T>::type;
-  const int64_t steps = grad_u.size(1), dims = grad_u.size(2);
-  const bool shared = B.size() == 1;
-  std::vector<Vec> memory(dims);
-  for (int64_t row = begin; row < end; ++row) {
-    std::fill(memory.begin(), memory.end(), Vec{});
-    for (int64_t t = steps - 1; t >= 0; --t) {
-      const T* grad = grads.data_ptr<T>() + (row * steps + t) * dims * N;
-      T* input = grad_u.data_ptr<T>() + (row * steps + t) * dims;
-      for (int64_t d = 0; d < dims; ++d) {
-        const Vec* a = &A[shared ? 0 : d * N];
-        Vec now = {};
-        std::memcpy(&now, grad + d * N, N * sizeof(T));
-        now += memory[d];
-        Vec before = {};
-        for (int k = 0; k < N; ++k) before += a[k] * now[k];
-        const Vec products = now * B[shared ? 0 : d];
-        T sum = 0;
-        for (int n = 0; n < N; ++n) sum += products[n];
-        input[d] = sum;
-        memory[d] = before;
-      }
-    }
-    T* start = grad_starts.data_ptr<T>() + row * dims * N;
-    for (int64_t d = 0; d < dims; ++d)
-      for (int n = 0; n < N; ++n) start[d * N + n] = memory[d][n];
+// sum + columns @ values, in two sums so that one addition need not wait for the other.
+template <typename T, int Lanes, int Order>
+inline typename Numbers<T, Lanes>::type applied(
+    const typename Numbers<T, Lanes>::type* columns, const T* values, int64_t order, typename Numbers<T, Lanes>::type sum) {
+  const int64_t count = Order ? Order : order;
+  typename Numbers<T, Lanes>::type other = {};
+  int64_t k = 0;
+  for (; k + 1 < count; k += 2) {
+    sum += columns[k] * values[k];
+    other += columns[k + 1] * values[k + 1];
   }
+  if (k < count) sum += columns[k] * values[k];
+  return sum + other;
 }
 
-template <typename Function, int N = LANES>
-void with_order(int64_t order, const Function& function) {
-  if (order == N) return function(std::integral_constant<int, N>());
-  if constexpr (N > 1) return with_order<Function, N - 1>(order, function);
-  TORCH_CHECK(false, "no order ", order);
+// Rows and memory dimensions never meet: calls function(row, first dimension, last) for parts of both.
+template <typename Function>
+void over_memories(int64_t rows, int64_t dims, const Function& function) {
+  const int64_t parts = std::min(dims, std::max<int64_t>(1, at::get_num_threads() / std::max<int64_t>(rows, 1)));
+  at::parallel_for(0, rows * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / parts, part = task % parts;
+      function(row, dims * part / parts, dims * (part + 1) / parts);
+    }
+  });
 }
 
 void memory_forward(
     const at::Tensor& starts, const at::Tensor& u, const at::Tensor& A, const at::Tensor& B, const at::Tensor& states) {
   TORCH_CHECK(starts.is_contiguous() && u.is_contiguous() && states.is_contiguous(), "expected contiguous tensors");
+  const int64_t steps = u.size(1), dims = u.size(2), order = B.size(1);
   with_type(u, [&](auto scalar) {
     using T = decltype(scalar);
-    const auto a = columns_of<T>(A, false), b = columns_of<T>(B.unsqueeze(1).expand({-1, B.size(1), -1}), true);
-    std::vector<typename Order<T>::type> inputs;
-    for (int64_t s = 0; s < B.size(0); ++s) inputs.push_back(b[s * B.size(1)]);
-    with_order(B.size(1), [&](auto order) {
-      at::parallel_for(0, u.size(0), 1, [&](int64_t begin, int64_t end) {
-        memory_rows<T, decltype(order)::value>(begin, end, starts, u, a, inputs, states);
+    with_width(order, [&](auto width) {
+      constexpr int Lanes = decltype(width)::lanes, Order = decltype(width)::order;
+      using Vec = typename Numbers<T, Lanes>::type;
+      const Systems<T, Lanes> systems(A, B, false);
+      const bool shared = B.size(0) == 1;
+      over_memories(u.size(0), dims, [&](int64_t row, int64_t first, int64_t last) {
+        const T* before = starts.data_ptr<T>() + row * dims * order;
+        for (int64_t t = 0; t < steps; ++t) {
+          const T* input = u.data_ptr<T>() + (row * steps + t) * dims;
+          T* state = states.data_ptr<T>() + (row * steps + t) * dims * order;
+          for (int64_t d = first; d < last; ++d) {
+            const int64_t s = shared ? 0 : d;
+            const Vec after = applied<T, Lanes, Order>(
+                &systems.columns[s * order], before + d * order, order, systems.inputs[s] * input[d]);
+            std::memcpy(state + d * order, &after, (Order ? Order : order) * sizeof(T));
+          }
+          before = state;
+        }
       });
     });
   });
 }
 
 void memory_backward(
-    const at::Tensor& grads, const at::Tensor& A, const at::Tensor& B, const at::Tensor& grad_starts, const at::Tensor& grad_u) {
+    const at::Tensor& grads, const at::Tensor& A, const at::Tensor& B, const at::Tensor& grad_starts, const at::Tensor& grad_u,
+    const std::optional<at::Tensor>& arriving) {
   TORCH_CHECK(grads.is_contiguous() && grad_starts.is_contiguous() && grad_u.is_contiguous(), "expected contiguous tensors");
+  TORCH_CHECK(!arriving || arriving->is_contiguous(), "expected contiguous tensors");
+  const int64_t steps = grad_u.size(1), dims = grad_u.size(2), order = B.size(1);
   with_type(grad_u, [&](auto scalar) {
     using T = decltype(scalar);
-    const auto a = columns_of<T>(A, true), b = columns_of<T>(B.unsqueeze(1).expand({-1, B.size(1), -1}), true);
-    std::vector<typename Order<T>::type> inputs;
-    for (int64_t s = 0; s < B.size(0); ++s) inputs.push_back(b[s * B.size(1)]);
-    with_order(B.size(1), [&](auto order) {
-      at::parallel_for(0, grad_u.size(0), 1, [&](int64_t begin, int64_t end) {
-        memory_back_rows<T, decltype(order)::value>(begin, end, grads, a, inputs, grad_starts, grad_u);
+    with_width(order, [&](auto width) {
+      constexpr int Lanes = decltype(width)::lanes, Order = decltype(width)::order;
+      using Vec = typename Numbers<T, Lanes>::type;
+      const Systems<T, Lanes> systems(A, B, true);
+      const bool shared = B.size(0) == 1;
+      const int64_t count = Order ? Order : order;
+      over_memories(grad_u.size(0), dims, [&](int64_t row, int64_t first, int64_t last) {
+        std::vector<Vec> memory(last - first, Vec{});
+        for (int64_t t = steps - 1; t >= 0; --t) {
+          const int64_t at = (row * steps + t) * dims;
+          const T* grad = grads.data_ptr<T>() + at * order;
+          for (int64_t d = first; d < last; ++d) {
+            const int64_t s = shared ? 0 : d;
+            Vec now = {};
+            std::memcpy(&now, grad + d * order, count * sizeof(T));
+            now += memory[d - first];
+            T values[Lanes];
+            std::memcpy(values, &now, sizeof(now));
+            if (arriving) std::memcpy(arriving->data_ptr<T>() + (at + d) * order, values, count * sizeof(T));
+            T sum = 0;
+            for (int64_t n = 0; n < count; ++n) sum += values[n] * systems.inputs[s][n];
+            grad_u.data_ptr<T>()[at + d] = sum;
+            memory[d - first] = applied<T, Lanes, Order>(&systems.columns[s * order], values, order, Vec{});
+          }
+        }
+        T* start = grad_starts.data_ptr<T>() + row * dims * order;
+        for (int64_t d = first; d < last; ++d) std::memcpy(start + d * order, &memory[d - first], count * sizeof(T));
       });
     });
+  });
+}
+
+// ---- a whole layer, one step of some streams
+
+// The cell of a layer without one, whose output is [m, x].
+struct None {
+  static constexpr int states = 0, kept = 0;
+  template <typename T>
+  static void step(int64_t, const T*, const T* const*, T* const*) {}
+};
+
+template <typename T, typename Cell>
+void stream_rows(
+    int64_t begin, int64_t end, const at::Tensor& x, at::TensorList states, const at::Tensor& encoder, bool from_hidden,
+    bool from_memory, const std::optional<at::Tensor>& u_bias, const at::Tensor& A, const at::Tensor& B,
+    const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& output) {
+  const int64_t rows = end - begin, inputs = x.size(1), dims = states[0].size(1), order = states[0].size(2);
+  const int64_t flat = dims * order, e_stride = encoder.size(1), a_stride = A.size(2);
+  const int64_t size = Cell::states ? states[1].size(1) : 0;
+  const T* samples = x.data_ptr<T>() + begin * inputs;
+  T* memory = states[0].data_ptr<T>() + begin * flat;
+  const T* hidden = Cell::states ? states[1].data_ptr<T>() + begin * size : nullptr;
+
+  const int64_t u_stride = padded(dims), n_stride = padded(order);
+  std::vector<T> u(rows * u_stride), next(rows * dims * n_stride);
+  if (u_bias)
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(&u[r * u_stride], u_bias->data_ptr<T>(), dims * sizeof(T));
+  const T* e = encoder.data_ptr<T>();
+  product<T>(rows, dims, inputs, samples, inputs, e, e_stride, u.data(), u_stride);
+  e += inputs * e_stride;
+  if (from_hidden) {
+    product<T>(rows, dims, size, hidden, size, e, e_stride, u.data(), u_stride);
+    e += size * e_stride;
+  }
+  if (from_memory) product<T>(rows, dims, flat, memory, flat, e, e_stride, u.data(), u_stride);
+
+  const bool shared = B.size(0) == 1;
+  const T* b = B.data_ptr<T>();
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t d = 0; d < dims; ++d)
+      for (int64_t n = 0; n < order; ++n)
+        next[(r * dims + d) * n_stride + n] = u[r * u_stride + d] * b[(shared ? 0 : d) * order + n];
+  if (shared)
+    product<T>(rows * dims, order, order, memory, order, A.data_ptr<T>(), a_stride, next.data(), n_stride);
+  else
+    for (int64_t d = 0; d < dims; ++d)
+      product<T>(
+          rows, order, order, memory + d * order, flat, A.data_ptr<T>() + d * order * a_stride, a_stride,
+          next.data() + d * n_stride, dims * n_stride);
+  for (int64_t d = 0; d < rows * dims; ++d) std::memcpy(memory + d * order, &next[d * n_stride], order * sizeof(T));
+
+  T* result = output.data_ptr<T>() + begin * output.size(1);
+  if constexpr (Cell::states == 0) {
+    for (int64_t r = 0; r < rows; ++r, result += output.size(1)) {
+      std::memcpy(result, memory + r * flat, flat * sizeof(T));
+      std::memcpy(result + flat, samples + r * inputs, (output.size(1) - flat) * sizeof(T));
+    }
+    return;
+  } else {
+    // The rows of the weight are those of [m, x, h].
+    const int64_t width = bias->size(0), stride = weight.size(1), g_stride = padded(width);
+    std::vector<T> gates(rows * g_stride), kept(3 * 4 * size);
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(&gates[r * g_stride], bias->data_ptr<T>(), width * sizeof(T));
+    const T* w = weight.data_ptr<T>();
+    product<T>(rows, width, flat, memory, flat, w, stride, gates.data(), g_stride);
+    product<T>(rows, width, inputs, samples, inputs, w + flat * stride, stride, gates.data(), g_stride);
+    product<T>(rows, width, size, hidden, size, w + (flat + inputs) * stride, stride, gates.data(), g_stride);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* before[3] = {};
+      T* now[3];
+      for (int i = 0; i < 3; ++i) now[i] = &kept[i * 4 * size];
+      for (int i = 0; i < Cell::states; ++i) before[i] = states[1 + i].data_ptr<T>() + (begin + r) * size;
+      Cell::template step<T>(size, &gates[r * g_stride], before, now);
+      for (int i = 0; i < Cell::states; ++i)
+        std::memcpy(states[1 + i].data_ptr<T>() + (begin + r) * size, now[i], size * sizeof(T));
+      std::memcpy(result + r * size, now[0], size * sizeof(T));
+    }
+  }
+}
+
+void stream_step(
+    const std::string kind, const at::Tensor& x, at::TensorList states, const at::Tensor& encoder, bool from_hidden,
+    bool from_memory, const std::optional<at::Tensor>& u_bias, const at::Tensor& A, const at::Tensor& B,
+    const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& output) {
+  const at::Tensor samples = x.contiguous();
+  with_type(x, [&](auto scalar) {
+    using T = decltype(scalar);
+    const auto run = [&](auto cell) {
+      using Cell = decltype(cell);
+      // A thread of its own pays only where it gets several streams.
+      at::parallel_for(0, x.size(0), 4, [&](int64_t begin, int64_t end) {
+        stream_rows<T, Cell>(
+            begin, end, samples, states, encoder, from_hidden, from_memory, u_bias, A, B, weight, bias, output);
+      });
+    };
+    if (kind == "none") return run(None());
+    with_cell(kind, run);
   });
 }
 
@@ -570,14 +686,21 @@ TORCH_LIBRARY(lmu_hf, library) {
   library.def(
       "scan_backward(str kind, int first, int count, int chunk, Tensor matrix, Tensor[] states, Tensor[] kept, "
       "Tensor[] grads, Tensor grad_u, Tensor(a!) grad_sums, Tensor(b!) carry, Tensor(c!) carried) -> ()");
-  // starts (M, D, N), u (M, C, D), A (S, N, N), B (S, N), states (M, C, D, N)
+  // Matrices are filled up with zero columns, A is transposed. states: m (B, D, N) and the hidden ones; all are updated.
+  library.def(
+      "stream_step(str kind, Tensor x, Tensor(a!)[] states, Tensor encoder, bool from_hidden, bool from_memory, Tensor? u_bias, "
+      "Tensor A, Tensor B, Tensor weight, Tensor? bias, Tensor(b!) output) -> ()");
+  // starts (M, D, N), u (M, C, D), A (S, N, N), B (S, N), states (M, C, D, N); N up to 32. `arriving` takes the gradients that
+  // reach each state, later ones included.
   library.def("memory_forward(Tensor starts, Tensor u, Tensor A, Tensor B, Tensor(a!) states) -> ()");
-  library.def("memory_backward(Tensor grads, Tensor A, Tensor B, Tensor(a!) grad_starts, Tensor(b!) grad_u) -> ()");
+  library.def(
+      "memory_backward(Tensor grads, Tensor A, Tensor B, Tensor(a!) grad_starts, Tensor(b!) grad_u, Tensor(c!)? arriving) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(lmu_hf, CPU, library) {
   library.impl("scan_forward", &forward);
   library.impl("scan_backward", &backward);
+  library.impl("stream_step", &stream_step);
   library.impl("memory_forward", &memory_forward);
   library.impl("memory_backward", &memory_backward);
 }

@@ -404,7 +404,7 @@ def arguments(**kwargs):
         ),
         (arguments(hidden_cell=nn.RNNCell(8, 2), hidden_act="relu"), "found hidden_act='relu'"),
         (arguments(encoder_act="swoosh"), "encoder_act: expected one of"),
-        (arguments(algorithm="scan"), "algorithm: expected one of"),
+        (arguments(algorithm="parallel"), "algorithm: expected one of"),
         (arguments(algorithm="fft", memory_to_memory=True), "feed the state back"),
         (arguments(algorithm="lookahead"), "'lookahead' is for hidden_to_memory or memory_to_memory"),
         (arguments(algorithm="final", return_sequences=True), "return_sequences=True needs all"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lmu_hf.model import lookahead
+from lmu_hf import native
+from lmu_hf.model import compiled, lookahead, plan
 from lmu_hf.model.cell_registry import build_hidden_cell
 from lmu_hf.model.gates import GATES, gate_weights
 from lmu_hf.model.layer import LMU
@@ -68,12 +69,23 @@ def everything(layer, x, lengths):
     return results, torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
 
 
+@pytest.fixture(params=["python", "compiled"])
+def loop(request, monkeypatch):
+    """Which time loop runs."""
+    if request.param == "python":
+        monkeypatch.setattr(compiled, "_load", None)
+    elif native.why_not() is not None:
+        pytest.skip(f"no compiled loop: {native.why_not()}")
+    return request.param
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 7])
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("connections", CONNECTIONS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_equals_naive(cell, connections, system, chunk, monkeypatch):
-    monkeypatch.setattr(lookahead, "chunk_size", lambda *_: chunk)
+def test_equals_naive(cell, connections, system, chunk, loop, monkeypatch):
+    for module in (plan, lookahead):
+        monkeypatch.setattr(module, "coupled_chunk", lambda *_: chunk)
     layer = build(cell, connections, system)
     for steps, lengths in ((2, None), (16, None), (23, torch.tensor([23, 7, 8, 0]))):
         x = torch.randn(4, steps, 3, dtype=F64)
@@ -168,8 +180,8 @@ def test_gated_scan(kind):
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "torch_gru"])
 @pytest.mark.parametrize("input_to_hidden", [False, True])
 @pytest.mark.parametrize("folds", [False, True])
-def test_uncoupled(cell, system, input_to_hidden, folds, monkeypatch):
-    monkeypatch.setattr(lookahead, "worth_folding", lambda *_: folds)
+def test_uncoupled(cell, system, input_to_hidden, folds, loop, monkeypatch):
+    monkeypatch.setattr(plan, "uncoupled_chunk", lambda *_, **__: (folds, 16))
     monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": input_to_hidden})
     layer = build(cell, "none", system)
     for steps, lengths in ((2, None), (16, None), (39, torch.tensor([39, 16, 17, 0]))):

@@ -63,15 +63,19 @@ def arguments(model):
     return given if type(model) is LMUModel else {**given, "labels": tiny.labels(model)}
 
 
+# A traced graph runs the memory in chunks whatever its size, which sums in another order: some last places of float32.
+ROUNDING = {"rtol": 2e-6, "atol": 1e-6}
+
+
 @pytest.mark.parametrize("name", PARALLEL)
 @pytest.mark.parametrize("cls", tiny.CLASSES)
 def test_models_compile_fullgraph(cls, name):
     model = tiny.build(cls, name)
     given = arguments(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**given)[0], model(**given)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(compiled(**given)[0], model(**given)[0], **ROUNDING)
     del given["attention_mask"]
-    torch.testing.assert_close(compiled(**given)[0], model(**given)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(compiled(**given)[0], model(**given)[0], **ROUNDING)
 
 
 @pytest.mark.parametrize("name", ["signal", "coupled"])
@@ -91,7 +95,6 @@ def test_recurrent_models_compile_with_breaks(name):
 @pytest.mark.parametrize("name", PARALLEL)
 @pytest.mark.parametrize("cls", tiny.CLASSES)
 def test_models_export_for_batches_of_any_size(cls, name):
-    """Within the sizes for which the memory takes the same algorithm."""
     model = tiny.build(cls, name)
     given = arguments(model)
     given.pop("labels", None)
@@ -99,7 +102,7 @@ def test_models_export_for_batches_of_any_size(cls, name):
     exported = torch.export.export(model, (), given, dynamic_shapes=shapes).module()
     for rows in (4, 3):
         some = {key: value[:rows] if isinstance(value, torch.Tensor) else value for key, value in given.items()}
-        torch.testing.assert_close(exported(**some)[0], model(**some)[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(exported(**some)[0], model(**some)[0], **ROUNDING)
 
 
 @pytest.mark.parametrize("name", ["signal", "coupled", "deep", "mean", "both_ways"])

@@ -1,0 +1,132 @@
+"""How a call of a layer is computed: chosen here, carried out in :mod:`layer`, shown by ``explain``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cells import is_recurrent
+from .compiled import available
+from .costs import coupled_chunk, memory_algorithm, memory_chunk, uncoupled_chunk
+from .gates import GateWeights
+from .memory import measured
+from .scan import scan_class
+from .state import Dropout
+
+if TYPE_CHECKING:
+    from .lmu_cell import LMUCell
+
+
+class Plan(NamedTuple):
+    """How one call of a layer is computed.
+
+    Attributes:
+        memory: "naive" (step by step), "lookahead" (fed back, in chunks), "folded" or "written" (together with a recurrent hidden
+            cell, in chunks: folded into its weights, or written a few chunks at a time), or an algorithm of
+            :func:`linear_memory`: "chunked", "fft", "final", "scan".
+        chunk: time steps at a time; 0 where the algorithm knows no chunks.
+        hidden: "at once" for all steps, "compiled loop" or "python loop" over affine gates, "step by step"; None without a
+            hidden cell.
+        reason: why, in words.
+    """
+
+    memory: str
+    chunk: int
+    hidden: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        chunks = f", {self.chunk} steps at a time" if self.chunk else ""
+        hidden = "" if self.hidden is None else f"; hidden cell: {self.hidden}"
+        return f"memory: {self.memory}{chunks}{hidden} ({self.reason})"
+
+
+def make_plan(
+    cell: LMUCell,
+    algorithm: str,
+    batch: int,
+    steps: int,
+    weights: GateWeights | None,
+    dropout: Dropout,
+    *,
+    return_sequences: bool,
+    training: bool,
+    like: Tensor,
+) -> Plan:
+    """Chooses how to run a layer.
+
+    Args:
+        cell: its cell.
+        algorithm: "auto" or a name, which is then taken.
+        batch: rows B.
+        steps: T.
+        weights: the gate form of the hidden cell, None if it has none.
+        dropout: the masks of this run.
+        return_sequences: all outputs are wanted.
+        training: a gradient of the memory's input is wanted.
+        like: a tensor of the dtype and on the device of the computation.
+
+    Raises:
+        ValueError: the named algorithm cannot run this layer.
+    """
+    recurrent = cell.hidden_cell is not None and is_recurrent(cell.hidden_cell)
+    if algorithm == "naive":
+        return _naive(cell, "algorithm='naive'")
+    if algorithm == "auto" and (cell.coupled or recurrent):
+        if steps == 1:
+            return _naive(cell, "a single step has nothing to look ahead to")
+        if torch.compiler.is_exporting():
+            return _naive(cell, "an exported graph cannot hold the differentiable function of the fast loops")
+    width = 0 if weights is None else weights.input_weight.shape[1]
+    if cell.coupled:
+        reason = unsupported(cell, weights, dropout)
+        if reason is not None:
+            if algorithm == "lookahead":
+                raise ValueError(f"algorithm: 'lookahead' cannot run this layer, because {reason}; use 'auto' or 'naive'")
+            return _naive(cell, reason)
+    if cell.hidden_to_memory:
+        assert cell.hidden_cell is not None
+        sizes = (cell.memory_d, cell.order, cell.state_sizes[0], cell.memory_d + width)
+        return Plan("lookahead", coupled_chunk(batch, steps, *sizes), _loop(like), "hidden_to_memory feeds the state back")
+    because = "the memory's input is known in advance"
+    if cell.memory_to_memory:
+        because = "the memory's input is computed first, by look-ahead, as memory_to_memory feeds the memory back"
+    if algorithm == "lookahead":
+        algorithm = "auto"
+    if algorithm == "auto" and recurrent and weights is not None:
+        folds, chunk = uncoupled_chunk(batch, steps, cell.memory_d, cell.order, width, compiled=available(like))
+        return Plan("folded" if folds else "written", chunk, _loop(like), because)
+    rows, known = batch * cell.memory_d, measured(like)
+    if algorithm == "auto":
+        every = return_sequences or recurrent
+        memory, chunk = memory_algorithm(
+            rows, steps, cell.order, return_sequence=every, training=training, compiled=available(like), measured=known
+        )
+    else:
+        memory, because = algorithm, f"algorithm={algorithm!r}"
+        chunk = memory_chunk(rows, steps, cell.order, training=training, measured=known) if memory == "chunked" else 0
+    hidden = None if cell.hidden_cell is None else "at once"
+    if recurrent:
+        hidden = "step by step" if weights is None else _loop(like)
+    return Plan(memory, min(chunk, steps) if chunk else 0, hidden, because)
+
+
+def unsupported(cell: LMUCell, weights: GateWeights | None, dropout: Dropout) -> str | None:
+    """Why a coupled layer, whose hidden cell has the gate form ``weights``, cannot look ahead; None if it can."""
+    if cell.encoder_act != "linear":
+        return "encoder_act makes u a non-linear function of the state"
+    if dropout.recurrent is not None or (dropout.encoder is not None and cell.hidden_to_memory):
+        return "the dropout of what is fed back differs from row to row"
+    if cell.hidden_to_memory and weights is None:
+        return "the hidden cell that is fed back has no form as affine gates"
+    return None
+
+
+def _naive(cell: LMUCell, reason: str) -> Plan:
+    return Plan("naive", 0, None if cell.hidden_cell is None else "step by step", reason)
+
+
+def _loop(like: Tensor) -> str:
+    return f"{scan_class(like).language} loop"

@@ -1,0 +1,176 @@
+"""One layer, one time step after the other, as fast as it goes: for control loops and audio, where every sample is awaited.
+
+What :class:`LMUCell` looks up, joins and checks in every step is done once here. A step is then three thin products,
+
+    u = [x, h, m] E        m' = m A^T + u B^T        gates = [m', x, h] K
+
+and the hidden cell's pointwise part: a handful of calls in Python, or a single one where the operators of :mod:`lmu_hf.native`
+are there. Nothing is differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .cells import ACTIVATIONS
+from .compiled import available, filled_up
+from .folding import encoder_matrix
+from .gates import GATES, GateWeights, gate_weights
+from .state import LMUState
+
+if TYPE_CHECKING:
+    from .lmu_cell import LMUCell
+
+
+class LMUStepper:
+    """Streams of samples through one layer, with the weights as they are when this is made.
+
+    Equals ``LMUCell`` to rounding, in evaluation mode and without gradients. Build one with ``layer.stepper()``.
+
+    Args:
+        cell: the cell.
+        batch_size: number of streams.
+
+    Attributes:
+        loop: "compiled" or "python", or "step by step" for a hidden cell that has no form as affine gates.
+
+    Raises:
+        ValueError: ``batch_size`` is no whole number >= 1.
+    """
+
+    def __init__(self, cell: LMUCell, batch_size: int = 1):
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size: expected a whole number of streams >= 1, found {batch_size!r}")
+        self.cell, self.batch_size = cell, batch_size
+        with torch.no_grad():
+            weights = gate_weights(cell.hidden_cell)
+            like = next((weight for weight in cell.parameters() if weight.is_floating_point()), torch.empty(0))
+            self._like = like.new_empty(batch_size, cell.input_size).detach()
+            self._run = self._step_by_step(cell)
+            self.loop = "step by step"
+            kind = "none" if cell.hidden_cell is None else None if weights is None else weights.kind
+            if kind is not None and like.dtype in (torch.float32, torch.float64):
+                prepared = _prepare(cell, weights, like)
+                compiled = available(self._like) and cell.encoder_act == "linear"
+                self.loop = "compiled" if compiled else "python"
+                self._run = (self._compiled if compiled else self._python)(kind, *prepared)
+        self.reset()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Feeds one sample per stream, (batch_size, input_size), and returns the outputs (batch_size, output_size).
+
+        Raises:
+            ValueError: the shape or dtype of ``x`` is not that of the layer.
+        """
+        if x.shape != self._like.shape or x.dtype != self._like.dtype:
+            expected = f"{tuple(self._like.shape)} of {self._like.dtype}"
+            raise ValueError(f"x: expected one sample per stream, {expected}, found {tuple(x.shape)} of {x.dtype}")
+        with torch.inference_mode():
+            return self._run(x)
+
+    @property
+    def state(self) -> LMUState:
+        """The state after the newest sample, a copy; assign one to go on from it."""
+        return LMUState.of(tuple(tensor.clone() for tensor in self._state))
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        with torch.inference_mode():
+            tensors = self.cell.check_state(state, self._like).tensors()
+            for own, given in zip(self._state, tensors, strict=True):
+                own.copy_(given)
+
+    def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
+        """Starts all streams anew, or the given ones (an index or boolean tensor or list)."""
+        with torch.inference_mode():
+            if rows is None:
+                self._state = tuple(tensor.contiguous() for tensor in self.cell.initial_state(self._like).tensors())
+                return
+            index = torch.as_tensor(rows, device=self._like.device)
+            for tensor in self._state:
+                tensor[index] = 0
+
+    def _step_by_step(self, cell: LMUCell) -> Callable[[Tensor], Tensor]:
+        system = cell.system()
+
+        def run(x: Tensor) -> Tensor:
+            training = cell.training
+            cell.eval()
+            try:
+                output, state = cell.step(x, LMUState.of(self._state), system, cell.sample_dropout(x))
+            finally:
+                cell.train(training)
+            self._state = state.tensors()
+            return output
+
+        return run
+
+    def _compiled(self, kind: str, *prepared: Any) -> Callable[[Tensor], Tensor]:
+        encoder, u_bias, A, B, weight, bias = prepared
+        if weight is None:
+            weight = encoder.new_empty(0, 0)
+        elif bias is None:
+            bias = weight.new_zeros(weight.shape[1])
+        flags = (self.cell.hidden_to_memory, self.cell.memory_to_memory)
+        matrices = (filled_up(encoder), *flags, u_bias, filled_up(A.mT), B, filled_up(weight), bias)
+        step, size = torch.ops.lmu_hf.stream_step.default, self.cell.output_size
+
+        def run(x: Tensor) -> Tensor:
+            output = x.new_empty(x.shape[0], size)
+            step(kind, x, self._state, *matrices, output)
+            return output
+
+        return run
+
+    def _python(self, kind: str, *prepared: Any) -> Callable[[Tensor], Tensor]:
+        encoder, u_bias, A, B, weight, bias = prepared
+        cell, A, B = self.cell, A.mT, B[:, None]
+        dims, order = cell.memory_d, cell.order
+        activate = None if cell.encoder_act == "linear" else ACTIVATIONS[cell.encoder_act]
+        gates = None if kind == "none" else GATES[kind]
+
+        def run(x: Tensor) -> Tensor:
+            memory, *hidden = self._state
+            flat = memory.view(-1, dims * order)
+            parts = [x, *hidden[: cell.hidden_to_memory], *([flat] if cell.memory_to_memory else [])]
+            row = torch.cat(parts, dim=1) if len(parts) > 1 else x
+            u = row @ encoder if u_bias is None else torch.addmm(u_bias, row, encoder)
+            if activate is not None:
+                u = activate(u)
+            if len(A) == 1:
+                memory = torch.addmm(torch.mm(u.view(-1, 1), B[0]), memory.view(-1, order), A[0]).view_as(memory)
+            else:
+                memory = torch.baddbmm(u.mT[..., None] * B, memory.transpose(0, 1), A).transpose(0, 1).contiguous()
+            self._state = (memory, *hidden)
+            flat = memory.view(-1, dims * order)
+            if gates is None:
+                return torch.cat([flat, x], dim=1) if cell.input_to_hidden else flat.clone()
+            row = torch.cat([flat, x, hidden[0]], dim=1)
+            sums = row @ weight if bias is None else torch.addmm(bias, row, weight)
+            kept = gates.allocate(tuple(hidden), 1)
+            gates(tuple(hidden), kept).step(0, sums)
+            self._state = (memory, *(new[:, 0] for new, _ in zip(kept, hidden, strict=False)))
+            return kept[0][:, 0].clone()
+
+        return run
+
+
+def _prepare(cell: LMUCell, weights: GateWeights | None, like: Tensor) -> tuple[Tensor | None, ...]:
+    """E (I [+ H] [+ D * N], D) and its bias, A (S, N, N), B (S, N), K (D * N + I + H, G) and its bias."""
+    dims, order, inputs = cell.memory_d, cell.order, cell.input_size
+    encoder = encoder_matrix(cell, like)
+    if cell.recurrent_kernel is not None:
+        encoder = torch.cat([encoder, cell.recurrent_kernel])
+    system = cell.system().matrices(like.dtype, like.device)
+    if weights is None:
+        return encoder, cell.bias, *system, None, None
+    of_memory, of_input = weights.input_weight.tensor_split([dims * order])
+    width = of_memory.shape[1]
+    rows = [of_memory, of_input if cell.input_to_hidden else of_memory.new_zeros(inputs, width)]
+    hidden = weights.hidden_weight
+    rows.append(of_memory.new_zeros(cell.state_sizes[0], width) if hidden is None else hidden)
+    return encoder, cell.bias, *system, torch.cat(rows), weights.bias

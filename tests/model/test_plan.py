@@ -1,0 +1,106 @@
+"""What ``auto`` chooses, that it is what runs, and that it says so."""
+
+import pytest
+import torch
+from torch import nn
+
+from lmu_hf import LMU, LMUConfig, LMUForSequenceClassification, linear_memory
+from lmu_hf.model import layer as layer_module
+from lmu_hf.model.compiled import available
+from lmu_hf.model.costs import coupled_chunk, memory_algorithm, memory_costs, uncoupled_chunk
+from lmu_hf.model.legendre import delay_system
+
+COUPLED = {"hidden_to_memory": True, "memory_to_memory": True}
+CASES = [
+    ((1, 1, 8, 20.0, "rnn", 6), COUPLED, 40, "lookahead", "hidden_to_memory feeds the state back"),
+    ((1, 1, 8, 20.0, "rnn", 6), COUPLED, 1, "naive", "a single step"),
+    ((1, 1, 8, 20.0, "rnn", 6), {**COUPLED, "encoder_act": "tanh"}, 40, "naive", "encoder_act"),
+    ((1, 1, 8, 20.0, "rnn", 6), {**COUPLED, "dropout": 0.5}, 40, "naive", "dropout"),
+    ((1, 1, 8, 20.0, nn.RNNCell(8, 6), None), {"hidden_to_memory": True}, 40, "lookahead", "feeds the state back"),
+    ((1, 1, 8, 20.0, "lstm", 6), {"memory_to_memory": True}, 40, None, "computed first, by look-ahead"),
+    ((1, 2, 64, 90.0, "rnn", 4), {}, 90, None, "known in advance"),
+    ((1, 40, 4, 20.0, "gru", 60), {}, 40, "written", "known in advance"),
+    ((1, 1, 8, 20.0, "rnn", 6), {"hidden_act": "gelu"}, 40, None, "known in advance"),
+    ((1, 1, 8, 20.0, "dense", 6), {}, 40, "final", "known in advance"),
+    ((1, 1, 8, 20.0), {"return_sequences": True, "algorithm": "fft"}, 40, "fft", "algorithm='fft'"),
+    ((1, 1, 8, 20.0), {"return_sequences": True, "algorithm": "chunked"}, 40, "chunked", "algorithm='chunked'"),
+    ((1, 1, 8, 20.0, "rnn", 6), {"algorithm": "naive"}, 40, "naive", "algorithm='naive'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "steps", "memory", "reason"), CASES, ids=str)
+def test_is_what_runs(arguments, options, steps, memory, reason, monkeypatch):
+    layer = LMU(*arguments, **options)
+    made = []
+    monkeypatch.setattr(layer_module, "make_plan", lambda *a, **k: made.append(make_plan(*a, **k)) or made[-1])
+    layer(torch.randn(3, steps, 1))
+    explained = layer.explain(3, steps)
+    assert made == [explained] * 2
+    assert memory in (None, explained.memory)
+    assert reason in explained.reason
+    assert explained.memory in str(explained)
+    assert (explained.chunk > 0) == (explained.memory in ("lookahead", "folded", "written", "chunked"))
+
+
+make_plan = layer_module.make_plan
+
+
+def test_what_runs_the_hidden_cell():
+    loop = "compiled loop" if available(torch.zeros(0)) else "python loop"
+    assert LMU(1, 1, 8, 20.0, "rnn", 6).explain(3, 40).hidden == loop
+    assert LMU(1, 1, 8, 20.0, "rnn", 6, hidden_act="gelu").explain(3, 40).hidden == "step by step"
+    assert LMU(1, 1, 8, 20.0, "dense", 6).explain(3, 40).hidden == "at once"
+    assert LMU(1, 1, 8, 20.0).explain(3, 40).hidden is None
+
+
+@pytest.mark.usefixtures("python_loop")
+def test_without_the_compiled_loop():
+    assert LMU(1, 1, 8, 20.0, "rnn", 6).explain(3, 40).hidden == "python loop"
+    assert LMU(1, 1, 8, 20.0, return_sequences=True).explain(3, 4000).memory in ("chunked", "fft")
+    with pytest.raises(ValueError, match="'scan' needs the compiled loop"):
+        linear_memory(torch.zeros(2, 5, 1), delay_system(4, 8.0), algorithm="scan")
+
+
+def test_training_and_evaluation_mode():
+    layer = LMU(1, 1, 8, 20.0, "rnn", 6, **COUPLED, dropout=0.5)
+    assert layer.explain(3, 40).memory == "naive"
+    assert layer.explain(3, 40, training=False).memory == layer.eval().explain(3, 40).memory == "lookahead"
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(0, 4), (4, 0)])
+def test_sizes_are_checked(batch, steps):
+    with pytest.raises(ValueError, match="at least one row and one step"):
+        LMU(1, 1, 8, 20.0).explain(batch, steps)
+
+
+def test_of_a_model():
+    model = LMUForSequenceClassification(LMUConfig(order=4, hidden_size=3, num_hidden_layers=2, hidden_cell="dense"))
+    first, last = model.explain(2, 30, return_sequences=False)
+    assert first.memory != "final"
+    assert last.memory == "final"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_memory_costs(training, compiled):
+    """Every choice is one that the memory can carry out, and grows no cheaper with the sizes."""
+    for order in (1, 8, 9, 32, 33, 256):
+        for rows in (1, 7, 500):
+            for steps in (1, 3, 20, 5000):
+                costs = memory_costs(rows, steps, order, training=training, compiled=compiled)
+                assert ("scan", 0) in costs or not compiled or order > 32
+                longer = memory_costs(rows, 2 * steps, order, training=training, compiled=compiled)
+                assert min(longer.values()) >= min(costs.values()) > 0
+                sizes = {"return_sequence": True, "training": training, "compiled": compiled, "measured": True}
+                name, chunk = memory_algorithm(rows, steps, order, **sizes)
+                assert (chunk > 0) == (name == "chunked")
+
+
+def test_folds_where_the_memory_is_large():
+    assert uncoupled_chunk(100, 784, 1, 256, 212, compiled=True)[0]
+    assert not uncoupled_chunk(32, 4096, 64, 8, 128, compiled=True)[0]
+
+
+def test_chunks_are_no_longer_than_the_sequence():
+    assert coupled_chunk(1, 3, 1, 256, 212, 213) <= 3
+    assert uncoupled_chunk(1, 3, 1, 256, 212, compiled=True)[1] <= 8
