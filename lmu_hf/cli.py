@@ -212,7 +212,10 @@ def convert(
     ],
     output: Annotated[str, typer.Argument(metavar="OUT", help="Folder for the model; with --to keras a .keras file.")],
     config: Annotated[
-        str | None, typer.Option(help="Architecture for weights alone: JSON of Keras' to_json(), or fields of LMUConfig.")
+        str | None,
+        typer.Option(
+            help="For weights alone: JSON of Keras' to_json(), or fields of LMUConfig that they do not tell; a file or the text."
+        ),
     ] = None,
     data: Annotated[
         str | None,

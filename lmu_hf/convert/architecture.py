@@ -10,23 +10,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError
-from .graph import chain, class_name, config_of, refuse
-from .source import snake_case
-
-MAX_ORDER = 4096  # its state matrix has 134 MB in float64, and takes minutes to exponentiate
+from .graph import MODEL_CLASSES, chain, class_name, config_of, refuse
+from .values import (
+    activation_name,
+    read_activation,
+    read_count,
+    read_discretizer,
+    read_flag,
+    read_number,
+    read_order,
+    read_regularizer,
+)
 
 LMU_CLASSES = ("LMU", "LMUFFT", "LMUFeedforward", "LMULayer")
 _CELLS = {"SimpleRNN": "rnn", "LSTM": "lstm", "GRU": "gru", "Dense": "dense"}
-ACTIVATIONS = {
-    **{name: name for name in ("linear", "tanh", "relu", "sigmoid", "gelu", "silu", "elu", "selu", "softplus", "softsign")},
-    "swish": "silu",
-    "hard_sigmoid": "hard_sigmoid",
-}
 _POOLINGS = {"GlobalAveragePooling1D": "mean", "GlobalMaxPooling1D": "max"}
 _REASONS = {
     "Lambda": "it holds code, which is never run; save the model without it",
-    "Bidirectional": "its two directions would have to be told apart; convert each direction's layer by itself",
-    "Masking": "keras-lmu drops masks; pass attention_mask to the converted model",
+    "Bidirectional": "it is understood around an LMU only",
+    "Masking": "leave it out and pass attention_mask to the converted model",
     "LMUCellODE": "its memory is trained or integrated otherwise",
     "LMUCellGating": "its gates have no counterpart",
 }
@@ -44,6 +46,7 @@ class Hidden:
     activation: str
     recurrent_activation: str = "sigmoid"
     use_bias: bool = True
+    reset_after: bool = True
     name: str = ""
     layer: str | None = None
 
@@ -63,6 +66,8 @@ class Lmu:
     kernel: bool = True
     first_paper: bool = False
     return_sequences: bool = False
+    bidirectional: bool = False
+    go_backwards: bool = False
 
     def has(self, option: str) -> bool:
         """Whether a flag is set."""
@@ -71,14 +76,23 @@ class Lmu:
 
 @dataclass
 class Head:
-    """The dense layer at the end."""
+    """The dense layer at the end. ``use_bias`` is None where the weights have to tell."""
 
     name: str
     units: int
     activation: str
-    use_bias: bool = True
+    use_bias: bool | None = True
     per_step: bool = False
     class_name: str = "Dense"
+
+
+@dataclass
+class Embedding:
+    """The table of tokens at the beginning."""
+
+    name: str
+    tokens: int
+    size: int
 
 
 @dataclass
@@ -91,7 +105,9 @@ class Architecture:
         pooling: how the steps become one: "last", "mean", "max"; None if every step is put out.
         head_dropout: dropout before the head.
         input_size: features per step if the file tells.
+        embedding: for a model of tokens.
         loss: name of the training loss if the file tells.
+        nested: names of the models inside of the model.
         notes: what was not carried over.
     """
 
@@ -100,7 +116,9 @@ class Architecture:
     pooling: str | None = "last"
     head_dropout: float = 0.0
     input_size: int | None = None
+    embedding: Embedding | None = None
     loss: str | None = None
+    nested: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -115,14 +133,26 @@ def parse(model: dict[str, Any], loss: str | None = None, keras_version: str | N
     Raises:
         InputError: a part of it cannot be converted; names the part and the reason.
     """
-    keras2 = keras_version is not None and not keras_version.startswith(("3", "4"))
+    keras2 = None if keras_version is None else not keras_version.startswith(("3", "4"))
     found = Architecture([], loss=loss, pooling=None)
     layers = chain(model)
     while layers:
         layer = layers.pop(0)
+        if class_name(layer) in MODEL_CLASSES:
+            # A model inside of the model; its input is what comes before it.
+            inside = [
+                part for part in chain(layer) if class_name(part) != "InputLayer" or not (found.lmus or found.embedding)
+            ]
+            layers[:0] = inside
+            found.nested.append(str(config_of(layer).get("name", "")))
+            continue
         kind, config = class_name(layer), config_of(layer)
         outer = kind
         what = f"layer {config.get('name', kind)!r} ({kind})"
+        if "mixed" in str(config.get("dtype")) and "mixed" not in str(found.notes):
+            found.notes.append(
+                "the original computed with the policy of mixed precision in its configuration, this in float32"
+            )
         if config.get("trainable") is False:
             found.notes.append(f"{what} was frozen in the original and can be trained here")
         if kind == "TimeDistributed":
@@ -133,12 +163,22 @@ def parse(model: dict[str, Any], loss: str | None = None, keras_version: str | N
             kind, config = "Dense", {**config_of(inner), "name": config.get("name")}
         if kind == "InputLayer":
             shape = config.get("batch_shape") or config.get("batch_input_shape")
+            if isinstance(shape, list) and len(shape) == 2 and layers and class_name(layers[0]) == "Embedding":
+                continue
             if isinstance(shape, list) and (len(shape) != 3 or (shape[2] is not None and not isinstance(shape[2], int))):
                 raise refuse(what, f"expected inputs (batch, time, features), found {shape}")
             found.input_size = shape[2] if isinstance(shape, list) else None
+        elif kind == "Embedding" and not found.lmus and found.embedding is None:
+            if config.get("mask_zero"):
+                raise refuse(
+                    what, "mask_zero=True masks token 0; leave it out and pass attention_mask to the converted model"
+                )
+            found.input_size = read_count(config, "output_dim", what)
+            name = str(config.get("name", ""))
+            found.embedding = Embedding(name, read_count(config, "input_dim", what), found.input_size)
         elif found.head is not None:
             _after_head(found, kind, config, what, keras2)
-        elif kind in ("RNN", *LMU_CLASSES):
+        elif kind in ("RNN", *LMU_CLASSES) or (kind == "Bidirectional" and _inner_class(config) in ("RNN", *LMU_CLASSES)):
             if found.lmus and not found.lmus[-1].return_sequences:
                 raise refuse(what, "it follows a layer without return_sequences")
             if found.pooling is not None:
@@ -149,7 +189,7 @@ def parse(model: dict[str, Any], loss: str | None = None, keras_version: str | N
                 found.input_size = batch_shape[2]
         elif kind in ("Dropout", "SpatialDropout1D"):
             if layers and class_name(layers[0]) in ("Dense", "TimeDistributed") and kind == "Dropout":
-                found.head_dropout = float(_number(config, "rate", what))
+                found.head_dropout = float(read_number(config, "rate", what))
             elif config.get("rate"):
                 found.notes.append(f"{what}: rate {config['rate']} acts in training only and is not carried over")
         elif not found.lmus:
@@ -173,7 +213,9 @@ def parse(model: dict[str, Any], loss: str | None = None, keras_version: str | N
     return found
 
 
-def _dense(found: Architecture, layers: list[dict[str, Any]], config: dict[str, Any], what: str, keras2: bool) -> None:
+def _dense(
+    found: Architecture, layers: list[dict[str, Any]], config: dict[str, Any], what: str, keras2: bool | None
+) -> None:
     last = found.lmus[-1]
     if layers and class_name(layers[0]) in ("Dense", "TimeDistributed"):
         if (
@@ -193,14 +235,18 @@ def _dense(found: Architecture, layers: list[dict[str, Any]], config: dict[str, 
         return
     found.head = Head(
         name=str(config.get("name", "")),
-        units=_count(config, "units", what),
+        units=read_count(config, "units", what),
         activation=_head_activation(config.get("activation"), what),
-        use_bias=_flag(config, "use_bias", True),
+        use_bias=read_flag(config, "use_bias", True),
         per_step=last.return_sequences and found.pooling is None,
     )
 
 
-def _after_head(found: Architecture, kind: str, config: dict[str, Any], what: str, keras2: bool) -> None:
+def _inner_class(config: dict[str, Any]) -> str:
+    return class_name(config.get("layer") or {"class_name": ""})
+
+
+def _after_head(found: Architecture, kind: str, config: dict[str, Any], what: str, keras2: bool | None) -> None:
     assert found.head is not None
     if kind in ("Activation", "Softmax") and found.head.activation == "linear":
         if kind == "Softmax" and config.get("axis", -1) not in (-1, 1, 2):
@@ -211,19 +257,32 @@ def _after_head(found: Architecture, kind: str, config: dict[str, Any], what: st
 
 
 def _head_activation(value: Any, what: str) -> str:
-    name = _activation_name(value, what)
+    name = activation_name(value, what)
     if name not in ("linear", "softmax", "sigmoid"):
         raise refuse(what, f"expected a linear, softmax or sigmoid output, found {name!r}")
     return name
 
 
-def _lmu(layer: dict[str, Any], what: str, found: Architecture, keras2: bool) -> Lmu:
+def _lmu(layer: dict[str, Any], what: str, found: Architecture, keras2: bool | None) -> Lmu:
     kind, config = class_name(layer), config_of(layer)
+    if kind == "Bidirectional":
+        mirrored = config.get("backward_layer")  # Keras 3 always writes it
+        if config.get("merge_mode", "concat") != "concat":
+            raise refuse(what, f"expected merge_mode='concat', found {config['merge_mode']!r}")
+        if mirrored is not None and _anonymous(mirrored) != _anonymous(config["layer"]):
+            raise refuse(what, "its backward layer has other settings than its forward layer")
+        both = _lmu(config["layer"], what, found, keras2)
+        both.name, both.class_name, both.bidirectional = str(config.get("name", "")), kind, True
+        if both.go_backwards:
+            raise refuse(what, "go_backwards inside of it")
+        return both
     outer = config
-    for option in ("go_backwards", "stateful", "time_major", "return_state", "zero_output_for_mask"):
+    for option in ("stateful", "time_major", "return_state"):
         if outer.get(option):
-            reason = "the converted models take whole sequences, batch first, from the first step to the last"
+            reason = "the converted models take whole sequences, batch first, each by itself, and put out one tensor"
             raise refuse(what, f"{option}={outer[option]!r}; {reason}")
+    if outer.get("go_backwards") and outer.get("return_sequences"):
+        raise refuse(what, "go_backwards=True with return_sequences=True, whose steps come out in reversed order")
     if kind == "RNN":
         cell = config.get("cell")
         if isinstance(cell, list) or (isinstance(cell, dict) and class_name(cell) == "StackedRNNCells"):
@@ -234,10 +293,13 @@ def _lmu(layer: dict[str, Any], what: str, found: Architecture, keras2: bool) ->
         assert isinstance(cell, dict)
         kind, config = inner, config_of(cell)
     name = str(outer.get("name", ""))
-    sequences = _flag(outer, "return_sequences", False)
+    sequences = read_flag(outer, "return_sequences", False)
+    backwards = read_flag(outer, "go_backwards", False)
     if "units" in config or "memory_d" not in config:
-        return _first_paper(config, what, found, name, class_name(layer), sequences, keras2)
-    order = _count(config, "order", what)
+        old = _first_paper(config, what, found, name, class_name(layer), sequences, keras2)
+        old.go_backwards = backwards
+        return old
+    order = read_count(config, "order", what)
     hidden = config.get("hidden_cell")
     cells: list[Any] = [] if hidden is None else [hidden]
     if hidden is not None and class_name(hidden) == "StackedRNNCells":
@@ -247,32 +309,41 @@ def _lmu(layer: dict[str, Any], what: str, found: Architecture, keras2: bool) ->
         if config_of(hidden).get("reverse_state_order"):
             raise refuse(what, "reverse_state_order=True; the first cell's state is the one that is fed back")
     names = ("trainable_theta", "hidden_to_memory", "memory_to_memory", "input_to_hidden", "use_bias")
-    options: dict[str, Any] = {option: True for option in names if _flag(config, option, False)}
+    options: dict[str, Any] = {option: True for option in names if read_flag(config, option, False)}
     for option in ("dropout", "recurrent_dropout"):
         if config.get(option):
-            options[option] = float(_number(config, option, what))
+            options[option] = float(read_number(config, option, what))
     for option in ("kernel_regularizer", "recurrent_regularizer", "bias_regularizer"):
         if config.get(option):
-            options[option] = _regularizer(config[option], f"{what}: {option}")
+            options[option] = read_regularizer(config[option], f"{what}: {option}")
     if kind == "LMUFFT" or kind == "LMUFeedforward":
         for option in ("hidden_to_memory", "memory_to_memory", "trainable_theta"):
             options.pop(option, None)
     return Lmu(
         name=name,
         class_name=class_name(layer),
-        memory_d=_count(config, "memory_d", what),
-        order=_order(order, what),
-        theta=float(_number(config, "theta", what)),
-        discretizer=_discretizer(config.get("discretizer", "zoh"), what),
+        memory_d=read_count(config, "memory_d", what),
+        order=read_order(order, what),
+        theta=float(read_number(config, "theta", what)),
+        discretizer=read_discretizer(config.get("discretizer", "zoh"), what),
         hidden=[_hidden(cell, what, found, keras2) for cell in cells],
         options=options,
         kernel=config.get("kernel_initializer", "glorot_uniform") is not None,
         return_sequences=sequences,
+        go_backwards=backwards,
     )
 
 
+def _anonymous(layer: Any) -> Any:
+    """A serialized layer without what two directions differ in."""
+    if isinstance(layer, dict):
+        own = ("name", "go_backwards", "build_config", "shared_object_id", "seed")
+        return {key: _anonymous(value) for key, value in layer.items() if key not in own}
+    return [_anonymous(value) for value in layer] if isinstance(layer, list) else layer
+
+
 def _first_paper(
-    config: dict[str, Any], what: str, found: Architecture, name: str, kind: str, sequences: bool, keras2: bool
+    config: dict[str, Any], what: str, found: Architecture, name: str, kind: str, sequences: bool, keras2: bool | None
 ) -> Lmu:
     """The cell of Voelker et al. (2019): everything connected, one memory dimension, a plain hidden cell.
 
@@ -282,7 +353,7 @@ def _first_paper(
     realizer = config.get("realizer")
     if isinstance(realizer, dict | str) and "identity" not in str(realizer).lower():
         found.notes.append(f"{what}: realizer {str(realizer)[:60]} is judged by the matrices that it left in the file")
-    activation = _activation(config.get("hidden_activation", "tanh"), f"{what}: hidden_activation", keras2)
+    activation = read_activation(config.get("hidden_activation", "tanh"), f"{what}: hidden_activation", keras2)
     if "hidden_activation" not in config:
         found.notes.append(f"{what}: the file does not name hidden_activation; taken as tanh, its default")
     method = config.get("method")
@@ -290,27 +361,22 @@ def _first_paper(
         name=name,
         class_name=kind,
         memory_d=1,
-        order=None if order is None else _order(_count(config, "order", what), what),
-        theta=None if theta is None else float(_number(config, "theta", what)),
-        discretizer=None if method is None else _discretizer(method, what),
-        hidden=[Hidden("rnn", 0 if units is None else _count(config, "units", what), activation, use_bias=False)],
+        order=None if order is None else read_order(read_count(config, "order", what), what),
+        theta=None if theta is None else float(read_number(config, "theta", what)),
+        discretizer=None if method is None else read_discretizer(method, what),
+        hidden=[Hidden("rnn", 0 if units is None else read_count(config, "units", what), activation, use_bias=False)],
         options={"hidden_to_memory": True, "memory_to_memory": True, "input_to_hidden": True},
         first_paper=True,
         return_sequences=sequences,
     )
 
 
-def _hidden(cell: Any, what: str, found: Architecture, keras2: bool) -> Hidden:
+def _hidden(cell: Any, what: str, found: Architecture, keras2: bool | None) -> Hidden:
     name, config = class_name(cell), config_of(cell)
     kind = _CELLS.get(name.removesuffix("Cell"))
     where = f"hidden cell {config.get('name', name)!r} ({name}) of {what}"
     if kind is None:
         raise refuse(where, f"expected SimpleRNN, LSTM, GRU, Dense or a stack of these, found {name}")
-    if kind == "gru" and not _flag(config, "reset_after", False):
-        # Keras 2 leaves it out where it is its old default, False.
-        raise refuse(
-            where, "reset_after=False applies the reset gate before the recurrent product; the GRU here does it after"
-        )
     for option in ("dropout", "recurrent_dropout"):
         if config.get(option):
             found.notes.append(f"{where}: {option}={config[option]} acts in training only and is not carried over")
@@ -322,79 +388,11 @@ def _hidden(cell: Any, what: str, found: Architecture, keras2: bool) -> Hidden:
     gate = config.get("recurrent_activation", default) if kind in ("lstm", "gru") else "sigmoid"
     return Hidden(
         kind=kind,
-        units=_count(config, "units", where),
-        activation=_activation(activation, f"{where}: activation", keras2),
-        recurrent_activation=_activation(gate, f"{where}: recurrent_activation", keras2),
-        use_bias=_flag(config, "use_bias", True),
+        units=read_count(config, "units", where),
+        activation=read_activation(activation, f"{where}: activation", keras2),
+        recurrent_activation=read_activation(gate, f"{where}: recurrent_activation", keras2),
+        use_bias=read_flag(config, "use_bias", True),
+        # Keras before 2.1.3 had no other.
+        reset_after=kind != "gru" or read_flag(config, "reset_after", False),
         name=str(config.get("name", "")),
     )
-
-
-def _activation_name(value: Any, what: str) -> str:
-    if isinstance(value, dict):
-        # Serialized functions are named, never run: those of Keras itself, no others.
-        module, inner = value.get("module"), value.get("config")
-        if value.get("class_name") == "function" and module in (None, "builtins", "keras.activations"):
-            value = inner
-        elif isinstance(value.get("class_name"), str) and module in (None, "keras.layers", "keras.activations"):
-            value = (
-                snake_case(value["class_name"]) if not inner or set(inner) <= {"name", "dtype", "trainable"} else str(inner)
-            )
-    if value is None:
-        return "linear"
-    if not isinstance(value, str):
-        raise refuse(what, f"expected the name of an activation of Keras, found {str(value)[:80]}")
-    return value
-
-
-def _activation(value: Any, what: str, keras2: bool) -> str:
-    name = _activation_name(value, what)
-    if name == "hard_sigmoid" and keras2:
-        raise refuse(what, "hard_sigmoid of Keras 2 is clip(0.2 x + 0.5), of Keras 3 and PyTorch clip(x / 6 + 0.5)")
-    if name not in ACTIVATIONS:
-        raise refuse(what, f"expected one of {sorted(ACTIVATIONS)}, found {name!r}")
-    return ACTIVATIONS[name]
-
-
-def _regularizer(value: Any, what: str) -> dict[str, Any]:
-    name = class_name(value).lower() if isinstance(value, dict) else str(value).lower()
-    factors = config_of(value) if isinstance(value, dict) else {}
-    used = {key: float(factors[key]) for key in ("l1", "l2") if factors.get(key)}
-    if name not in ("l1", "l2", "l1l2", "l1_l2"):
-        raise refuse(what, f"expected L1, L2 or L1L2, found {name!r}")
-    return {"name": "l1_l2" if name in ("l1l2", "l1_l2") else name, **used}
-
-
-def _discretizer(value: Any, what: str) -> str:
-    if value not in ("zoh", "euler"):
-        raise refuse(what, f"expected discretizer zoh or euler, found {value!r}")
-    return value
-
-
-def _order(order: int, what: str) -> int:
-    if order > MAX_ORDER:
-        raise refuse(what, f"expected order <= {MAX_ORDER}, found {order:,}")
-    return order
-
-
-def _count(config: dict[str, Any], key: str, what: str) -> int:
-    value = config.get(key)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1 << 24:
-        raise InputError(f"{what}: {key}: expected a whole number from 1 to {1 << 24:,}, found {value!r}")
-    return value
-
-
-def _number(config: dict[str, Any], key: str, what: str) -> float:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
-        raise InputError(f"{what}: {key}: expected a number, found {value!r}")
-    return value
-
-
-def _flag(config: dict[str, Any], key: str, default: bool) -> bool:
-    value = config.get(key, default)
-    if not isinstance(value, bool):
-        raise InputError(f"model_config: {key}: expected true or false, found {value!r}")
-    return value

@@ -52,7 +52,12 @@ def build_model(architecture: Architecture, weights: Weights) -> LMUPreTrainedMo
     prefix = "model." if head is not None else ""
     state: Arrays = {}
     for index, (lmu, values) in enumerate(zip(architecture.lmus, weights.lmus, strict=True)):
-        state |= {f"{prefix}layers.{index}.lmu.cell.{name}": array for name, array in layer_state(lmu, values).items()}
+        place = f"{prefix}layers.{index}.lmu"
+        state |= {f"{place}.cell.{name}": array for name, array in layer_state(lmu, values).items()}
+        if values.backward is not None:
+            state |= {f"{place}.backward_cell.{name}": array for name, array in layer_state(lmu, values.backward).items()}
+    if weights.embedding is not None:
+        state[f"{prefix}embed_tokens.weight"] = weights.embedding
     if head is not None:
         state["score.weight"] = weights.head["kernel"].T
         # A bias of zero is what a layer without one computes with.
@@ -100,6 +105,7 @@ def _config(architecture: Architecture, weights: Weights) -> dict[str, Any]:
     config = {
         **settings[0],
         "input_size": weights.input_size,
+        "vocab_size": architecture.embedding.tokens if architecture.embedding is not None else None,
         "num_hidden_layers": len(architecture.lmus),
         "theta": thetas[0] if len(set(thetas)) == 1 else [[theta] for theta in thetas],
         "hidden_size": None,
@@ -129,6 +135,8 @@ def _layer_settings(lmu: Lmu) -> dict[str, Any]:
         "discretizer": lmu.discretizer,
         "hidden_cell": None,
         "kernel_initializer": "glorot_uniform" if lmu.kernel else None,
+        "bidirectional": lmu.bidirectional,
+        "go_backwards": lmu.go_backwards,
         **lmu.options,
     }
     if len(lmu.hidden) == 1:
@@ -150,6 +158,8 @@ def hidden_spec(cell: Hidden) -> dict[str, Any]:
         spec["recurrent_activation"] = cell.recurrent_activation
     if not cell.use_bias:
         spec["use_bias"] = False
+    if not cell.reset_after:
+        spec["reset_after"] = False
     return spec
 
 
@@ -173,7 +183,7 @@ def layer_state(lmu: Lmu, weights: LmuWeights) -> Arrays:
             state[f"{prefix}weight_hh"] = _swap_gates(cell.kind, values["recurrent_kernel"]).T
         if "bias" in values:
             bias = _swap_gates(cell.kind, values["bias"])
-            if cell.kind == "gru":
+            if cell.kind == "gru" and cell.reset_after:
                 state[f"{prefix}bias"], state[f"{prefix}bias_hh"] = bias
             else:
                 state[f"{prefix}bias"] = bias
@@ -189,10 +199,10 @@ def lmu_weights(lmu: Lmu, state: Arrays) -> LmuWeights:
         values = {"kernel": _swap_gates(cell.kind, state[f"{prefix}weight_ih"].T)}
         if cell.kind != "dense":
             values["recurrent_kernel"] = _swap_gates(cell.kind, state[f"{prefix}weight_hh"].T)
-        if cell.use_bias and cell.kind == "gru":
+        if cell.use_bias and cell.kind == "gru" and cell.reset_after:
             values["bias"] = _swap_gates(cell.kind, np.stack([state[f"{prefix}bias"], state[f"{prefix}bias_hh"]]))
         elif cell.use_bias:
-            values["bias"] = state[f"{prefix}bias"]
+            values["bias"] = _swap_gates(cell.kind, state[f"{prefix}bias"])
         weights.hidden.append(values)
     return weights
 
@@ -257,7 +267,7 @@ def _hidden_of(spec: Any, config: LMUConfig) -> Hidden:
     units = options.pop("hidden_size", config.hidden_size)
     activation = options.pop("activation", None) or config.hidden_act or _DEFAULT_ACTIVATION[kind]
     gate = options.pop("recurrent_activation", "sigmoid")
-    bias = bool(options.pop("use_bias", True))
+    bias, reset_after = bool(options.pop("use_bias", True)), bool(options.pop("reset_after", True))
     if not isinstance(units, int):
         raise InputError(f"hidden_size: expected a whole number, found {units!r}")
-    return Hidden(kind, units, activation, gate, bias)
+    return Hidden(kind, units, activation, gate, bias, reset_after)

@@ -37,10 +37,11 @@ class Conversion:
 
     @torch.inference_mode()
     def predict(self, x: np.ndarray, batch_size: int = 256) -> np.ndarray:
-        """What the original computes for inputs (batch, time, features): its activation included."""
+        """What the original computes for inputs (batch, time, features), or tokens (batch, time): its activation included."""
         outputs = []
+        tokens = self.model.config.vocab_size is not None
         for rows in torch.from_numpy(np.ascontiguousarray(x)).split(batch_size):
-            found = self.model(input_values=rows)
+            found = self.model(input_ids=rows.long()) if tokens else self.model(input_values=rows)
             if "logits" in found or "predictions" in found:
                 y = found["logits" if "logits" in found else "predictions"]
             else:
@@ -60,7 +61,8 @@ def verify(conversion: Conversion, data: str | Path, tolerance: float = TOLERANC
 
     Args:
         conversion: the converted model.
-        data: an ``.npz`` file with the inputs ``x`` (batch, time, features) and the original's outputs ``y``.
+        data: an ``.npz`` file with the inputs ``x`` (batch, time, features), or tokens (batch, time), and the original's
+            outputs ``y``.
         tolerance: largest difference allowed.
 
     Returns:
@@ -83,7 +85,7 @@ def verify(conversion: Conversion, data: str | Path, tolerance: float = TOLERANC
         raise InputError(f"{data}: expected numbers in x and y, found {x.dtype} and {y.dtype}")
     try:
         found = conversion.predict(x.astype(np.float64 if conversion.model.dtype == torch.float64 else np.float32))
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise InputError(f"{data}: x: {error}") from error
     if found.shape != y.shape:
         raise InputError(f"{data}: y: expected outputs of shape {found.shape} for these inputs, found {y.shape}")

@@ -22,11 +22,12 @@ import lmu_hf
 from ..errors import InputError
 from ..model.configuration_lmu import LMUConfig
 from ..model.modeling_lmu import LMUPreTrainedModel
-from .architecture import ACTIVATIONS, Architecture, Head, Hidden, Lmu
+from .architecture import Architecture, Head, Hidden, Lmu
 from .build import architecture_of, lmu_weights
 from .files import appearing, check_free
 from .graph import refuse
 from .source import h5py_module, snake_case
+from .values import ACTIVATIONS
 from .weights import Arrays
 
 KERAS_VERSION = "3.15.1"  # whose files these look like
@@ -203,14 +204,14 @@ def _regularizer(spec: Any) -> dict[str, Any] | None:
 def _hidden(cell: Hidden, dtype: str, suffix: str) -> dict[str, Any]:
     kind = _CELLS[cell.kind]
     for name in (cell.activation, cell.recurrent_activation):
-        if name not in ACTIVATIONS.values():
+        if name not in ACTIVATIONS.values():  # Keras 3 has no hard_sigmoid of Keras 2
             raise refuse(f"a hidden cell with activation {name!r}", "that of Keras with this name computes something else")
     config: dict[str, Any] = {"name": f"{snake_case(kind)}_{suffix}", "dtype": dtype, "units": cell.units}
     config |= {"activation": cell.activation, "use_bias": cell.use_bias}
     if cell.kind in ("lstm", "gru"):
         config["recurrent_activation"] = cell.recurrent_activation
     if cell.kind == "gru":
-        config["reset_after"] = True
+        config["reset_after"] = cell.reset_after
     return _object("keras.layers", kind, config)
 
 

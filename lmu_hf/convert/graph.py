@@ -6,6 +6,8 @@ from typing import Any
 
 from ..errors import InputError
 
+MODEL_CLASSES = ("Sequential", "Functional", "Model")
+
 
 def refuse(what: str, reason: str) -> InputError:
     """The error for a part that cannot be converted."""
@@ -39,7 +41,7 @@ def chain(model: dict[str, Any]) -> list[dict[str, Any]]:
         raise InputError(f"model_config: expected the layers of a model, found {str(config)[:80]}")
     if kind == "Sequential":
         return list(layers)
-    if kind not in ("Functional", "Model"):
+    if kind not in MODEL_CLASSES:
         raise refuse(f"a model of class {kind}", "expected a Sequential or functional model; its code is not in the file")
     following: dict[str, dict[str, Any]] = {}
     first: list[dict[str, Any]] = []

@@ -11,7 +11,8 @@ from ..model.configuration_lmu import LMUConfig
 from .architecture import Architecture, Head, parse
 from .build import architecture_of, build_model
 from .card import render
-from .conversion import TOLERANCE, Conversion, verify
+from .conversion import TOLERANCE, Conversion, VerificationError, verify
+from .deduction import deduce
 from .files import appearing, check_free
 from .source import Source, open_source, read_json
 from .weights import read_weights
@@ -23,7 +24,7 @@ def from_keras(source: Any, config: Any = None) -> Conversion:
     Args:
         source: path of a ``.keras``, ``.h5`` or ``.hdf5`` file, or a live Keras model.
         config: the architecture, for files that have weights alone: the JSON of ``model.to_json()`` or of a ``.keras`` file, or
-            the fields of :class:`LMUConfig` (with ``num_labels`` for a model with a head); a path or the parsed mapping.
+            those fields of :class:`LMUConfig` that the weights do not tell; a path, the JSON itself or the parsed mapping.
 
     Raises:
         InputError: the file is damaged or hostile, or the model has a part that cannot be converted; names it and the reason.
@@ -34,10 +35,9 @@ def from_keras(source: Any, config: Any = None) -> Conversion:
         try:
             weights = read_weights(architecture, opened)
             model = build_model(architecture, weights)
-        except InputError:
-            raise
-        except ValueError as error:  # of LMUConfig and the layers, made for people
-            raise InputError(f"{opened.name}: {error}") from error
+        except ValueError as error:  # of LMUConfig and the layers too, made for people
+            where = "" if str(error).startswith(opened.name) else f"{opened.name}: "
+            raise InputError(f"{where}{error}") from error
     finally:
         opened.close()
     activation = architecture.head.activation if architecture.head is not None else "linear"
@@ -46,17 +46,21 @@ def from_keras(source: Any, config: Any = None) -> Conversion:
 
 def _architecture(opened: Source, config: Any) -> Architecture:
     if config is None:
-        if opened.config is None:
+        if opened.config is not None:
+            return _parsed(opened.config, opened)
+        try:
+            return _of_fields(*deduce(opened, {}), "its weights")
+        except InputError as error:
             raise InputError(
-                f"{opened.name}: expected a whole model, found weights alone; give its architecture, the JSON of "
-                "model.to_json() or the fields of LMUConfig, as config"
-            )
-        return _parsed(opened.config, opened)
+                f"{opened.name}: expected a whole model, found weights alone, and these do not tell the architecture ({error}); "
+                "give it as config, the JSON of model.to_json() or fields of LMUConfig"
+            ) from error
     what = "config"
     if isinstance(config, str | Path):
-        what = str(config)
+        inline = isinstance(config, str) and config.lstrip().startswith("{")
+        what = what if inline else str(config)
         try:
-            config = read_json(Path(config).read_bytes(), what)
+            config = read_json(str(config) if inline else Path(config).read_bytes(), what)
         except OSError as error:
             raise InputError(f"{what}: {error.strerror or error}") from error
     if not isinstance(config, Mapping):
@@ -64,16 +68,32 @@ def _architecture(opened: Source, config: Any) -> Architecture:
     if "class_name" in config:
         opened.keras_version = opened.keras_version or config.get("keras_version")
         return _parsed(dict(config), opened)
-    with_head = bool({"num_labels", "id2label"} & set(config))
     try:
-        ours = LMUConfig(**config)
+        fields, notes = deduce(opened, config)
+    except InputError as error:
+        architecture = _of_fields(dict(config), [], what)
+        # LMUConfig has defaults for these too, but nothing in the weights would show that they are wrong.
+        if missing := [name for name in ("input_size", "order", "theta") if name not in config]:
+            raise InputError(
+                f"{what}: expected {', '.join(missing)} too, which these weights do not tell ({error})"
+            ) from error
+        return architecture
+    return _of_fields(fields, notes, what)
+
+
+def _of_fields(fields: dict[str, Any], notes: list[str], what: str) -> Architecture:
+    """The architecture that fields of LMUConfig describe, with a head if the number of labels is among them."""
+    try:
+        ours = LMUConfig(**fields)
     except (TypeError, ValueError) as error:
         raise InputError(f"{what}: {' '.join(str(error).split())}") from error
     architecture = architecture_of(ours)
-    if with_head:
+    architecture.notes += notes
+    if {"num_labels", "id2label"} & set(fields):
         activation = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid"}
-        architecture.head = Head("", len(ours.label_names), activation.get(ours.problem_type or "", "linear"))
-    elif ours.return_sequences:
+        # Whether it has a bias, the weights tell.
+        architecture.head = Head("", len(ours.label_names), activation.get(ours.problem_type or "", "linear"), use_bias=None)
+    elif ours.return_sequences and "return_sequences" in fields:
         architecture.pooling = None
     return architecture
 
@@ -111,7 +131,10 @@ def convert(
     output_dir = Path(output_dir)
     check_free(output_dir)
     conversion = from_keras(source, config)
-    difference = None if data is None else verify(conversion, data, tolerance)
+    try:
+        difference = None if data is None else verify(conversion, data, tolerance)
+    except VerificationError as error:
+        raise VerificationError("; ".join([str(error), *conversion.notes])) from error
     with appearing(output_dir) as folder:
         conversion.model.save_pretrained(folder)
         (folder / "README.md").write_text(render(conversion, difference), encoding="utf-8")

@@ -51,6 +51,14 @@ class Pool:
             raise InputError(f"{self.what}: {array.path}: expected shape {shape}, found {array.shape}")
         return array.read()
 
+    def take_squeezed(self, owner: str | int, role: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Reads a matrix or vector that may have axes of one more, less or elsewhere: (1, 6, 6) for (6, 6), (6,) for (1, 6)."""
+        array = self.arrays.get((owner, role))
+        if array is not None and [size for size in array.shape if size != 1] == [size for size in shape if size != 1]:
+            del self.arrays[owner, role]
+            return array.read().reshape(shape)
+        return self.take(owner, role, shape)
+
     def check_empty(self) -> None:
         """Raises InputError if something is left: the model was another one then."""
         if self.arrays:
@@ -64,6 +72,26 @@ def pool_of_dense(what: str, layer: StoredLayer | None) -> Pool:
     if layer is not None and layer.numbered:
         return Pool(what, _numbered("own", arrays, [("kernel", _is_matrix), ("bias", _is_vector)], what))
     return Pool(what, _unique([(("own", _leaf(array)), array) for array in arrays], what))
+
+
+def pool_of_embedding(what: str, layer: StoredLayer) -> Pool:
+    """The array of an embedding."""
+    arrays = _real(layer)
+    if layer.numbered:
+        return Pool(what, _numbered("own", arrays, [("embeddings", _is_matrix)], what))
+    return Pool(what, _unique([(("own", _leaf(array)), array) for array in arrays], what))
+
+
+def directions(layer: StoredLayer) -> tuple[StoredLayer, StoredLayer]:
+    """The arrays of the two directions of a bidirectional layer."""
+    forward: list[StoredArray] = []
+    backward: list[StoredArray] = []
+    for array in layer.arrays:
+        found = {part.split("_", 1)[0] for part in array.parents} & {"forward", "backward"}
+        if len(found) != 1:
+            raise InputError(f"layer {layer.name!r}: {array.path}: expected forward_... or backward_... in its path")
+        (forward if found == {"forward"} else backward).append(array)
+    return StoredLayer(layer.name, forward, layer.numbered), StoredLayer(layer.name, backward, layer.numbered)
 
 
 def pool_of_lmu(what: str, layer: StoredLayer | None, lmu: Lmu) -> Pool:
@@ -105,7 +133,8 @@ def _lmu_by_name(arrays: list[StoredArray], lmu: Lmu, cells: list[Hidden], what:
     for array in arrays:
         groups.setdefault(tuple(array.parents), []).append(array)
     owners: dict[tuple[str, ...], str | int] = {}
-    if not (lmu.first_paper or any(_leaf(array) in ("AT", "input_encoders") for array in arrays)):
+    first_paper = lmu.first_paper or any(_leaf(array) in ("AT", "input_encoders") for array in arrays)
+    if not first_paper:
         # The group of a hidden cell ends in its name. A file of a model that was built anew counts the names differently, and an
         # architecture of ours has none: then the class in the name and the order tell.
         for index, cell in enumerate(cells):
@@ -116,11 +145,39 @@ def _lmu_by_name(arrays: list[StoredArray], lmu: Lmu, cells: list[Hidden], what:
             same = [group for group in groups if group not in owners and group and _base(group[-1]) == base]
             if index not in owners.values() and same:
                 owners[same[0]] = index
-    # Of what is left the outermost is the LMU; LMUFFT of the first releases has its memory, a layer of its own, inside.
-    own = sorted((group for group in groups if group not in owners), key=len)
+    # Of what is left the outermost is the LMU, that with A before others; LMUFFT of the first releases has its memory, a layer of
+    # its own with A, inside.
+    leaves = {path: {_leaf(array) for array in group} for path, group in groups.items()}
+    own = sorted(
+        (group for group in groups if group not in owners), key=lambda group: (len(group), "A" not in leaves[group])
+    )
+    unnamed = [index for index in range(len(cells)) if index not in owners.values()]
+    foreign = [group for group in own[1:] if "A" not in leaves[group]]
+    if len(cells) == len(unnamed) == len(foreign) == 1:
+        # A hidden cell under a name that says nothing.
+        owners[foreign[0]] = 0
+        own.remove(foreign[0])
     for group in own:
         owners[group] = "own" if len(group) == len(own[0]) else "inner"
+    if len(groups) == len(cells) == 1 and not first_paper:
+        return _lmu_by_shape(arrays, lmu, what)
     pairs = [((owners[tuple(array.parents)], _leaf(array)), array) for array in arrays]
+    return _unique(pairs, what)
+
+
+def _lmu_by_shape(arrays: list[StoredArray], lmu: Lmu, what: str) -> dict[Key, StoredArray]:
+    """Where LMU and hidden cell share a group: kernel, kernel_1. The LMU's come first in a file."""
+    dims = lmu.memory_d
+    own: dict[str, Callable[[StoredArray], bool]] = {
+        "kernel": lambda array: lmu.kernel and array.shape[1:] == (dims,),
+        "recurrent_kernel": lambda array: lmu.has("memory_to_memory") and array.shape == (dims * (lmu.order or 0), dims),
+        "bias": lambda array: lmu.has("use_bias") and array.shape == (dims,),
+    }
+    pairs: list[tuple[Key, StoredArray]] = []
+    for array in arrays:
+        leaf = _leaf(array)
+        mine = leaf not in own or (own[leaf](array) and not any(key == ("own", leaf) for key, _ in pairs))
+        pairs.append((("own" if mine else 0, leaf), array))
     return _unique(pairs, what)
 
 
@@ -213,6 +270,17 @@ def _cell_paths(hidden: dict[str, Any], cells: list[Hidden], what: str) -> list[
 # ---------------------------------------------------------------- layers
 
 
+def _parts(layer: StoredLayer, nested: list[str]) -> list[StoredLayer]:
+    """The layer, or the layers of a model inside of the model, whose weights are saved as those of one layer."""
+    if layer.numbered or layer.name not in nested:
+        return [layer]
+    parts: dict[str, list[StoredArray]] = {}
+    for array in layer.arrays:
+        names = [name for name in array.parents if name not in nested]
+        parts.setdefault(names[0] if names else "", []).append(array)
+    return [StoredLayer(name, arrays) for name, arrays in parts.items()]
+
+
 def match_layers(architecture: Architecture, source: Source) -> dict[tuple[str, int], StoredLayer]:
     """The layer of the file for each part: ("lmu", index), ("cell", index) for a dense hidden cell, ("head", 0).
 
@@ -221,6 +289,8 @@ def match_layers(architecture: Architecture, source: Source) -> dict[tuple[str, 
     """
     items: list[tuple[tuple[str, int], str, str]] = []
     bare = set()  # layers that need not have weights
+    if architecture.embedding is not None:
+        items.append((("embedding", 0), architecture.embedding.name, "Embedding"))
     for index, lmu in enumerate(architecture.lmus):
         items.append((("lmu", index), lmu.name, lmu.class_name))
         if not lmu.kernel and not lmu.options and not any(cell.layer is None for cell in lmu.hidden):
@@ -228,7 +298,7 @@ def match_layers(architecture: Architecture, source: Source) -> dict[tuple[str, 
         items += [(("cell", index), cell.layer, "Dense") for cell in lmu.hidden if cell.layer is not None]
     if architecture.head is not None:
         items.append((("head", 0), architecture.head.name, architecture.head.class_name))
-    layers = [layer for layer in source.layers if _real(layer)]
+    layers = [part for layer in source.layers if _real(layer) for part in _parts(layer, architecture.nested)]
     by_name = {layer.name: layer for layer in layers}
 
     def in_order(items: list, layers: list[StoredLayer]) -> dict[tuple[str, int], StoredLayer]:
@@ -251,6 +321,11 @@ def match_layers(architecture: Architecture, source: Source) -> dict[tuple[str, 
         found = {}
         for kind in {kind for _, _, kind in items}:
             group = [layer for layer in layers if _base(layer.name) == snake_case(kind)]
+            if len({layer.inside for layer in group}) > 1:
+                raise InputError(
+                    f"{source.name}: {[layer.name for layer in group]} lie in different models inside of the model, and nothing "
+                    "tells their order; save it as .h5"
+                )
             found |= in_order([item for item in items if item[2] == kind], group)
     else:
         found = in_order(items, sorted(layers, key=lambda layer: (_base(layer.name) == "dense", natural(layer.name))))

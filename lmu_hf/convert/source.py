@@ -38,6 +38,7 @@ MAX_RATIO = 100  # a compressed array larger than this over its stored size is n
 MAX_OBJECTS = 20_000  # groups and arrays in one file
 MAX_DEPTH = 24
 PROBE, PROBE_SECONDS = Path(__file__).with_name("probe.py"), 20.0
+_CONTAINER = re.compile("(?:layers|_layer_checkpoint_dependencies)/([^/]+)/")
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
@@ -74,11 +75,13 @@ class StoredLayer:
         name: name of the layer, or of its group.
         arrays: in the order of the file.
         numbered: the arrays have positions for names (Keras 3), so that groups and shapes must tell what they are.
+        inside: path of the model inside of the model that it belongs to.
     """
 
     name: str
     arrays: list[StoredArray]
     numbered: bool = False
+    inside: str = ""
 
 
 @dataclass
@@ -341,15 +344,20 @@ def _named_layers(weights: Any, path: Path) -> list[StoredLayer]:
 
 
 def _numbered_layers(h5: Any, path: Path) -> list[StoredLayer]:
-    by_layer: dict[str, list[StoredArray]] = {}
+    by_layer: dict[tuple[str, str], list[StoredArray]] = {}
     for name, dataset in _walk(h5, path):
         # Keras 2 wrote the separators of Windows into some of its names.
-        root, _, rest = name.replace("\\", "/").partition("/")
-        if root not in ("layers", "_layer_checkpoint_dependencies") or "/" not in rest:
+        rest, inside = name.replace("\\", "/"), ""
+        if not _CONTAINER.match(rest):
             continue
-        layer, _, inner = rest.partition("/")
-        by_layer.setdefault(layer, []).append(_stored(dataset, inner, path))
-    layers = [StoredLayer(name, sorted(arrays, key=_natural), numbered=True) for name, arrays in by_layer.items()]
+        # A model inside of the model has layers in turn.
+        while match := _CONTAINER.match(rest):
+            inside, layer, rest = f"{inside}/{match[1]}", match[1], rest[match.end() :]
+        by_layer.setdefault((inside.rpartition("/")[0], layer), []).append(_stored(dataset, rest, path))
+    layers = [
+        StoredLayer(name, sorted(arrays, key=_natural), numbered=True, inside=inside)
+        for (inside, name), arrays in by_layer.items()
+    ]
     return sorted(layers, key=lambda layer: natural(layer.name))
 
 
@@ -415,6 +423,8 @@ def _open_model(model: Any) -> Source:
     loss = loss if isinstance(loss, str) else getattr(loss, "__name__", None) or (type(loss).__name__ if loss else None)
     config = read_json(model.to_json(), "to_json()")
     version = config.get("keras_version") if isinstance(config, dict) else None
+    library = sys.modules.get(type(model).__module__.split(".")[0])
+    version = version or getattr(library, "__version__", None)  # Keras 3 does not write it there
     return Source(f"the Keras model {model.name!r}", layers, config, snake_case(loss) if loss else None, version)
 
 

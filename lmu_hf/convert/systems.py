@@ -59,6 +59,13 @@ def recognise(lmu: Lmu, Ad: np.ndarray, Bd: np.ndarray, what: str, notes: list[s
         )
 
 
+def deduce_system(Ad: np.ndarray, Bd: np.ndarray) -> tuple[float, str]:
+    """The theta and the discretizer that explain discrete matrices (order, order) and (order,) best."""
+    found = [(discretizer, _fit(discretizer, Ad, Bd)) for discretizer in ("zoh", "euler")]
+    discretizer, theta = min(found, key=lambda pair: _differences(pair[1], pair[0], Ad, Bd))
+    return theta, discretizer
+
+
 def _differences(theta: float, discretizer: str, Ad: np.ndarray, Bd: np.ndarray) -> tuple[float, float]:
     if not theta > 0:
         raise InputError(f"theta: expected a positive number of steps, found {theta}")

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import InputError
-from .architecture import MAX_ORDER, Architecture, Hidden, Lmu
+from .architecture import Architecture, Hidden, Lmu
 from .graph import refuse
-from .matching import FIRST_PAPER, Pool, match_layers, pool_of_dense, pool_of_lmu
+from .matching import FIRST_PAPER, Pool, directions, match_layers, pool_of_dense, pool_of_embedding, pool_of_lmu
 from .source import Source
 from .systems import recognise
+from .values import MAX_ORDER
 
 _GATES = {"rnn": 1, "lstm": 4, "gru": 3, "dense": 1}
 Arrays = dict[str, np.ndarray]
@@ -29,19 +30,22 @@ Arrays = dict[str, np.ndarray]
 @dataclass
 class LmuWeights:
     """Weights of one LMU in Keras' orientation: kernel (enc_d, memory_d), recurrent_kernel (memory_d * order, memory_d), bias
-    (memory_d,), theta_inv (), and kernel, recurrent_kernel and bias of each hidden cell."""
+    (memory_d,), theta_inv (), and kernel, recurrent_kernel and bias of each hidden cell; those of the direction that runs
+    backwards, if there is one."""
 
     own: Arrays = field(default_factory=dict)
     hidden: list[Arrays] = field(default_factory=list)
+    backward: LmuWeights | None = None
 
 
 @dataclass
 class Weights:
-    """All weights: of the LMUs in order, of the head; and the features per step of the first layer."""
+    """All weights: of the LMUs in order, of the head, of the embedding; and the features per step of the first layer."""
 
     lmus: list[LmuWeights]
     head: Arrays
     input_size: int
+    embedding: np.ndarray | None = None
 
 
 def read_weights(architecture: Architecture, source: Source) -> Weights:
@@ -51,32 +55,44 @@ def read_weights(architecture: Architecture, source: Source) -> Weights:
         InputError: a weight is missing, has another shape or is left over, or the memory is not the Legendre system.
     """
     stored = match_layers(architecture, source)
-    size, lmus = architecture.input_size, []
-    for index, lmu in enumerate(architecture.lmus):
-        pool = pool_of_lmu(f"{source.name}: layer {lmu.name or index!r}", stored.get(("lmu", index)), lmu)
-        if lmu.first_paper or pool.has("own", "input_encoders"):
-            size, weights = _read_first_paper(lmu, pool, size, architecture.notes)
-        else:
-            size, weights = _read_lmu(lmu, pool, size, architecture.notes)
+    size, lmus, table = architecture.input_size, [], None
+    if architecture.embedding is not None:
+        name, tokens, width = architecture.embedding.name, architecture.embedding.tokens, architecture.embedding.size
+        pool = pool_of_embedding(f"{source.name}: layer {name!r}", stored[("embedding", 0)])
+        table = pool.take("own", "embeddings", (tokens, width))
         pool.check_empty()
+    for index, lmu in enumerate(architecture.lmus):
+        what, layer = f"{source.name}: layer {lmu.name or index!r}", stored.get(("lmu", index))
+        found = []
+        for direction in directions(layer) if lmu.bidirectional and layer is not None else [layer]:
+            pool = pool_of_lmu(what, direction, lmu)
+            paper = lmu.first_paper or pool.has("own", "input_encoders")
+            found.append((_read_first_paper if paper else _read_lmu)(lmu, pool, size, architecture.notes))
+            pool.check_empty()
+            size = found[0][0]
+        assert size is not None
+        weights = found[0][1]
+        weights.backward = found[1][1] if lmu.bidirectional else None
         if index == 0:
-            input_size = size
+            input_size: int = size
         for cell, values in zip(lmu.hidden, weights.hidden, strict=True):
             if cell.layer is not None:
                 dense = pool_of_dense(f"{source.name}: layer {cell.layer!r}", stored.get(("cell", index)))
                 values.update(_read_cell(cell, dense, "own", _features(lmu, size)))
                 dense.check_empty()
         lmus.append(weights)
-        size = lmu.hidden[-1].units if lmu.hidden else _features(lmu, size)
+        size = (lmu.hidden[-1].units if lmu.hidden else _features(lmu, size)) * (2 if lmu.bidirectional else 1)
     assert size is not None
     head: Arrays = {}
     if architecture.head is not None:
         pool = pool_of_dense(f"{source.name}: layer {architecture.head.name!r}", stored.get(("head", 0)))
         head["kernel"] = pool.take("own", "kernel", (size, architecture.head.units))
+        if architecture.head.use_bias is None:
+            architecture.head.use_bias = pool.has("own", "bias")
         if architecture.head.use_bias:
             head["bias"] = pool.take("own", "bias", (architecture.head.units,))
         pool.check_empty()
-    return Weights(lmus, head, input_size)
+    return Weights(lmus, head, input_size, table)
 
 
 def _features(lmu: Lmu, input_size: int) -> int:
@@ -117,8 +133,8 @@ def _read_lmu(lmu: Lmu, pool: Pool, input_size: int | None, notes: list[str]) ->
         pool.take("inner", "kernel", (dims, dims))
     for owner in ("own", "inner"):
         if pool.has(owner, "A"):
-            Ad = pool.take(owner, "A", (order, order)).astype(np.float64).T
-            Bd = pool.take(owner, "B", (1, order)).astype(np.float64)[0]
+            Ad = pool.take_squeezed(owner, "A", (order, order)).astype(np.float64).T
+            Bd = pool.take_squeezed(owner, "B", (1, order)).astype(np.float64)[0]
             recognise(lmu, Ad, Bd, pool.what, notes)
     size = _features(lmu, input_size)
     for index, cell in enumerate(lmu.hidden):
@@ -133,7 +149,9 @@ def _read_cell(cell: Hidden, pool: Pool, owner: str | int, input_size: int) -> A
     if cell.kind != "dense":
         values["recurrent_kernel"] = pool.take(owner, "recurrent_kernel", (units, gates * units))
     if cell.use_bias:
-        values["bias"] = pool.take(owner, "bias", (2, gates * units) if cell.kind == "gru" else (gates * units,))
+        values["bias"] = pool.take(
+            owner, "bias", (2, gates * units) if cell.kind == "gru" and cell.reset_after else (gates * units,)
+        )
     return values
 
 
@@ -144,7 +162,7 @@ def _read_first_paper(lmu: Lmu, pool: Pool, input_size: int | None, notes: list[
         raise InputError(f"{pool.what}: the weights are those of the 2019 cell, with one memory and a plain hidden cell")
     found = {
         "units": (cell.units, pool.shape("own", "hidden_kernel")[:1]),
-        "order": (lmu.order, pool.shape("own", "AT")[:1]),
+        "order": (lmu.order, pool.shape("own", "AT")[-1:]),
         "input_size": (input_size, pool.shape("own", "input_kernel")[:1]),
     }
     sizes: list[int] = []
@@ -155,9 +173,13 @@ def _read_first_paper(lmu: Lmu, pool: Pool, input_size: int | None, notes: list[
     units, order, inputs = sizes
     cell.units, lmu.order = units, order
     shapes = ((inputs, 1), (units, 1), (order, 1), (inputs, units), (units, units), (order, units))
-    e_x, e_h, e_m, W_x, W_h, W_m = (pool.take("own", role, shape) for role, shape in zip(FIRST_PAPER, shapes, strict=True))
-    Ad = np.eye(order) + pool.take("own", "AT", (order, order)).astype(np.float64).T
-    recognise(lmu, Ad, pool.take("own", "BT", (1, order)).astype(np.float64)[0], pool.what, notes)
+    e_x, e_h, e_m, W_x, W_h, W_m = (
+        # The encoders are vectors, lying or standing.
+        (pool.take_squeezed if shape[1] == 1 else pool.take)("own", role, shape)
+        for role, shape in zip(FIRST_PAPER, shapes, strict=True)
+    )
+    Ad = np.eye(order) + pool.take_squeezed("own", "AT", (order, order)).astype(np.float64).T
+    recognise(lmu, Ad, pool.take_squeezed("own", "BT", (1, order)).astype(np.float64)[0], pool.what, notes)
     hidden = {"kernel": np.concatenate([W_m, W_x]), "recurrent_kernel": W_h}
     cell.use_bias = False
     for role in ("bias", "hidden_bias"):

@@ -34,6 +34,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "sigmoid": torch.sigmoid,
     "hard_sigmoid": F.hardsigmoid,
+    # clip(0.2 x + 0.5, 0, 1), what Keras 2 and Theano have under that name; torch and Keras 3: clip(x / 6 + 0.5, 0, 1).
+    "hard_sigmoid_keras2": lambda x: torch.clamp(0.2 * x + 0.5, 0, 1),
     "gelu": F.gelu,
     "silu": F.silu,
     "elu": F.elu,
@@ -162,18 +164,26 @@ class LSTMCell(_BuiltinCell):
 
 
 class GRUCell(_BuiltinCell):
-    """Gated recurrent unit, gates in torch's order r, z, n, the reset gate after the recurrent product."""
+    """Gated recurrent unit, gates in torch's order r, z, n.
+
+    The reset gate acts after the recurrent product, as in torch: n = f(x_n + r (W_n h + b_n)); with ``reset_after=False`` before
+    it, as in the paper of Cho et al. (2014): n = f(x_n + W_n (r h)), and there is one bias.
+    """
 
     gates = 3
 
-    def __init__(self, *args: Any, recurrent_activation: str = "sigmoid", **kwargs: Any):
+    def __init__(self, *args: Any, recurrent_activation: str = "sigmoid", reset_after: bool = True, **kwargs: Any):
         self.recurrent_activation = check_activation("hidden_cell.recurrent_activation", recurrent_activation)
+        if not isinstance(reset_after, bool):
+            raise ValueError(f"hidden_cell.reset_after: expected True or False, found {reset_after!r}")
+        self.reset_after = reset_after
         super().__init__(*args, **kwargs)
 
     def _build_bias(self, rows: int, use_bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         # Two biases: the one inside the reset product cannot be merged with the other.
         super()._build_bias(rows, use_bias, device, dtype)
-        self.bias_hh = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if use_bias else None
+        two = use_bias and self.reset_after
+        self.bias_hh = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if two else None
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -184,9 +194,14 @@ class GRUCell(_BuiltinCell):
         (h,) = state
         f, s = ACTIVATIONS[self.activation], ACTIVATIONS[self.recurrent_activation]
         input_r, input_z, input_n = F.linear(z, self.weight_ih, self.bias).chunk(3, dim=-1)
-        hidden_r, hidden_z, hidden_n = F.linear(h, self.weight_hh, self.bias_hh).chunk(3, dim=-1)
-        reset, update = s(input_r + hidden_r), s(input_z + hidden_z)
-        candidate = f(input_n + reset * hidden_n)
+        if self.reset_after:
+            hidden_r, hidden_z, hidden_n = F.linear(h, self.weight_hh, self.bias_hh).chunk(3, dim=-1)
+            reset, update = s(input_r + hidden_r), s(input_z + hidden_z)
+            candidate = f(input_n + reset * hidden_n)
+        else:
+            hidden_r, hidden_z = F.linear(h, self.weight_hh[: 2 * self.hidden_size]).chunk(2, dim=-1)
+            reset, update = s(input_r + hidden_r), s(input_z + hidden_z)
+            candidate = f(input_n + F.linear(reset * h, self.weight_hh[2 * self.hidden_size :]))
         h = candidate + update * (h - candidate)
         return h, (h,)
 

@@ -51,6 +51,8 @@ def gate_weights(cell: nn.Module | None) -> GateWeights | None:
             return None
         if isinstance(cell, LSTMCell):
             return GateWeights("lstm", cell.weight_ih.mT, cell.weight_hh.mT, cell.bias)
+        if not cell.reset_after:
+            return None  # its candidate's product needs the reset gate first
         return _gru_weights(cell.weight_ih, cell.weight_hh, cell.bias, cell.bias_hh)
     if isinstance(cell, TorchCell):
         return _torch_weights(cell.module)

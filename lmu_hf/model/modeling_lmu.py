@@ -212,7 +212,7 @@ class LMUPreTrainedModel(PreTrainedModel):
             for index, layer in enumerate(layers)
         ]
 
-    def _upload_modified_files(
+    def _upload_modified_files(  # type: ignore[override]  # the rest is passed on as it is
         self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any
     ) -> Any:
         # The last step of push_to_hub: everything lies there, with a card that is all gaps where there was none yet.

@@ -32,13 +32,23 @@ def softmax(z):
     return e / e.sum(-1, keepdims=True)
 
 
-def cell_step(kind, w, z, states):
+def hard_sigmoid(z):
+    """That of Keras 2."""
+    return np.clip(0.2 * z + 0.5, 0, 1)
+
+
+def cell_step(kind, w, z, states, reset_after=True, sigmoid=sigmoid):
     """One step of a Keras cell: its new states, the output first."""
     if kind == "Dense":
         return [np.tanh(z @ w["kernel"] + w["bias"])]
     h = states[0]
     if kind == "SimpleRNN":
         return [np.tanh(z @ w["kernel"] + h @ w["recurrent_kernel"] + w.get("bias", 0))]
+    if kind == "GRU" and not reset_after:
+        zx, rx, cx = np.split(z @ w["kernel"] + w["bias"], 3, axis=-1)
+        zh, rh, ch = np.split(w["recurrent_kernel"], 3, axis=-1)
+        keep = sigmoid(zx + h @ zh)
+        return [keep * h + (1 - keep) * np.tanh(cx + (sigmoid(rx + h @ rh) * h) @ ch)]
     if kind == "GRU":
         zx, rx, cx = np.split(z @ w["kernel"] + w["bias"][0], 3, axis=-1)
         zh, rh, ch = np.split(h @ w["recurrent_kernel"] + w["bias"][1], 3, axis=-1)
@@ -62,6 +72,7 @@ class Made:
         self.memory_d = 1 if generation == "2019" else options.pop("memory_d", 2)
         self.method = options.pop("method", "zoh")
         self.classes = 3
+        self.reset_after, self.hard = options.pop("reset_after", True), options.pop("hard_sigmoid", False)
         if generation == "2019":
             self.hidden_bias = options.pop("hidden_bias", False)
             options = {"hidden_to_memory": True, "memory_to_memory": True, "input_to_hidden": True}
@@ -86,19 +97,29 @@ class Made:
             if kind != "Dense":
                 w["recurrent_kernel"] = weight(units, GATES[kind] * units)
             if generation != "2019" or self.hidden_bias:
-                w["bias"] = weight(2, 3 * units) if kind == "GRU" else weight(GATES[kind] * units)
+                w["bias"] = weight(2, 3 * units) if kind == "GRU" and self.reset_after else weight(GATES[kind] * units)
             self.hidden.append(w)
             size = units
         self.head = {"kernel": weight(size, self.classes), "bias": weight(self.classes)}
 
     def __call__(self, x):
         """The model's output, float64."""
+        return self.classify(self.steps(x)[:, -1])
+
+    def classify(self, z):
+        """The head."""
+        head = double(self.head)
+        return softmax(z @ head["kernel"] + head["bias"])
+
+    def steps(self, x):
+        """Output of the LMU at every step, float64."""
         theta = 1 / float(self.own["theta_inv"]) if "theta_inv" in self.own else self.theta
         ad, bd = discrete(self.order, theta, self.method)
         own, hidden = double(self.own), [double(w) for w in self.hidden]
         x = x.astype(np.float64)
         m = np.zeros((len(x), self.memory_d, self.order))
         states = [[np.zeros((len(x), self.units))] * (1 + (kind == "LSTM")) for kind in self.cells]
+        outputs = []
         for t in range(x.shape[1]):
             e = np.concatenate([x[:, t], states[0][0]], -1) if self.options.get("hidden_to_memory") else x[:, t]
             u = e @ own["kernel"] + own.get("bias", 0)
@@ -108,10 +129,12 @@ class Made:
             z = m.reshape(len(x), -1)
             z = np.concatenate([z, x[:, t]], -1) if self.options.get("input_to_hidden") else z
             for index, kind in enumerate(self.cells):
-                states[index] = cell_step(kind, hidden[index], z, states[index])
+                states[index] = cell_step(
+                    kind, hidden[index], z, states[index], self.reset_after, hard_sigmoid if self.hard else sigmoid
+                )
                 z = states[index][0]
-        head = double(self.head)
-        return softmax(z @ head["kernel"] + head["bias"])
+            outputs.append(z)
+        return np.stack(outputs, axis=1)
 
     def x(self, batch=3, steps=17):
         return np.random.default_rng(99).uniform(-1, 1, (batch, steps, self.inputs)).astype(np.float32)
@@ -124,9 +147,9 @@ class Made:
             config = {"name": SNAKE[kind] + (f"_{index}" if index else ""), "units": self.units, "activation": "tanh"}
             config["use_bias"] = True
             if kind in ("LSTM", "GRU"):
-                config["recurrent_activation"] = "sigmoid"
+                config["recurrent_activation"] = "hard_sigmoid" if self.hard else "sigmoid"
             if kind == "GRU":
-                config["reset_after"] = True
+                config["reset_after"] = self.reset_after
             serialized.append({"class_name": kind if kind == "Dense" else f"{kind}Cell", "config": config})
         if len(serialized) < 2:
             return serialized[0] if serialized else None

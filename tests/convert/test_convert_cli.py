@@ -2,13 +2,16 @@
 
 import json
 
+import h5py
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from keras_files import Made
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
+from lmu_hf.card import write_card
 from lmu_hf.cli import app
 
 
@@ -59,7 +62,15 @@ def test_weights_alone(files):
     made.h5(folder / "weights.h5", config=None)
     (folder / "model.json").write_text(json.dumps(made.config()))
     arguments = (folder / "weights.h5", folder / "new")
-    assert run(*arguments).exit_code == 2
+    Made("0.9").h5(folder / "later.h5", config=None)
+    assert run(folder / "later.h5", folder / "new").exit_code == 2
+    # The file of 2019 tells its architecture, but not that a softmax follows.
+    result = run(*arguments, "--verify", folder / "data.npz")
+    assert result.exit_code == 1
+    assert "problem_type" in result.output
+    softmax = json.dumps({"problem_type": "single_label_classification"})
+    result = run(folder / "weights.h5", folder / "other", "--config", softmax, "--verify", folder / "data.npz")
+    assert result.exit_code == 0, result.output
     result = run(*arguments, "--config", folder / "model.json", "--verify", folder / "data.npz")
     assert result.exit_code == 0, result.output
 
@@ -105,3 +116,64 @@ def test_wrong_input_is_one_line(files, monkeypatch, arguments):
     assert result.output.startswith("lmu-hf: ")
     assert result.output.count("\n") == 1
     assert sorted(folder.iterdir()) == before
+
+
+def test_card_after_a_push_keeps_where_the_weights_come_from(files):
+    """And says neither Apache-2.0 of weights that are another's, nor everything twice."""
+    folder, _ = files
+    run(folder / "old.hdf5", folder / "new")
+    own = (folder / "new" / "README.md").read_text()
+    names = {path.name: path for path in (folder / "new").iterdir() if path.name != "README.md"}
+    card = write_card(names, "me/psmnist", existing=own)
+    data = ModelCard(card).data
+    assert (data.license, data.license_name) == ("other", "that-of-the-original")
+    assert card.count("\n# ") == 1
+    assert "PATH_OR_ID" not in card
+    assert "## Converted from Keras" in card
+    assert "`old.hdf5`, Keras 2.12.0" in card
+
+
+@pytest.mark.parametrize("kind", ["tokens", "steps", "linear steps", "bare"])
+def test_card_of_every_class_runs(tmp_path, kind):
+    made = Made("2019")
+    config, layers = made.config(), made.named()
+    first, lmu, dense = config["config"]["layers"]
+    if kind == "tokens":
+        first["config"]["batch_input_shape"] = [None, None]
+        embedding = {"name": "embedding", "input_dim": 11, "output_dim": 3}
+        config["config"]["layers"].insert(1, {"class_name": "Embedding", "config": embedding})
+        layers = {"embedding": {"embedding/embeddings:0": np.ones((11, 3), np.float32)}} | layers
+    elif kind == "bare":
+        config["config"]["layers"].pop()
+        del layers["dense_9"]
+    else:
+        lmu["config"]["return_sequences"] = True
+        dense["config"]["activation"] = "softmax" if kind == "steps" else "linear"
+    made.h5(tmp_path / "model.h5", config=config, layers=layers)
+    result = run(tmp_path / "model.h5", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    card = (tmp_path / "out" / "README.md").read_text()
+    names: dict = {}
+    exec(card.split("```python\n")[1].split("```")[0].replace("PATH_OR_ID", str(tmp_path / "out")), names)
+    assert type(names["model"]).__name__ in result.output
+    words = {
+        "tokens": "3 logits",
+        "steps": "3 logits per step",
+        "linear steps": "3 predicted values per step",
+        "bare": "4 features",
+    }
+    assert f"| output | {words[kind]}" in card
+
+
+def test_card_holds_no_markup_of_a_file(tmp_path):
+    made = Made("2019")
+    config = made.config()
+    config["config"]["layers"][1]["config"] |= {"name": "a\n\n# evil <script>", "trainable": False}
+    made.h5(tmp_path / "model.h5", config=config)
+    with h5py.File(tmp_path / "model.h5", "r+") as file:
+        file.attrs["keras_version"] = "2.1\n\n<img src=x>" + 10_000 * "x"
+    run(tmp_path / "model.h5", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "evil" in card
+    assert not any(mark in card for mark in ("<script", "<img", "\n# evil"))
+    assert len(card) < 4000

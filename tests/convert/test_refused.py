@@ -48,7 +48,10 @@ PARTS = {
         lambda m: changed(m, DENSE, activation={"class_name": "function", "module": "evil", "config": "softmax"}),
         "name of an activation",
     ),
-    "go_backwards": (lambda m: changed(m, go_backwards=True), "go_backwards=True"),
+    "go_backwards": (
+        lambda m: changed(m, go_backwards=True, return_sequences=True),
+        "go_backwards=True with return_sequences=True",
+    ),
     "stateful": (lambda m: changed(m, stateful=True), "stateful=True"),
     "time_major": (lambda m: changed(m, time_major=True), "time_major=True"),
     "discretizer": (lambda m: changed(m, in_cell=True, discretizer="tustin"), "zoh or euler, found 'tustin'"),
@@ -57,17 +60,11 @@ PARTS = {
     "order of a bomb": (lambda m: changed(m, in_cell=True, order=1_000_000), "order <= 4096, found 1,000,000"),
     "units of a bomb": (lambda m: changed(m, DENSE, units=10**12), "units: expected a whole number"),
     "other units": (lambda m: changed(m, DENSE, units=5), "dense_9/kernel: expected shape (4, 5), found (4, 3)"),
-    "GRU before": (
-        lambda m: changed(m, in_cell=True, hidden_cell={"class_name": "GRUCell", "config": {**CELL, "reset_after": False}}),
-        "reset_after=False",
-    ),
-    "hard_sigmoid": (
+    "leaky_relu": (
         lambda m: changed(
-            m,
-            in_cell=True,
-            hidden_cell={"class_name": "LSTMCell", "config": {**CELL, "recurrent_activation": "hard_sigmoid"}},
+            m, in_cell=True, hidden_cell={"class_name": "LSTMCell", "config": {**CELL, "activation": "leaky_relu"}}
         ),
-        "hard_sigmoid of Keras 2",
+        "found 'leaky_relu'",
     ),
     "subclass": (lambda m: {"class_name": "MyModel", "config": {}}, "class MyModel|layers of a model"),
     "no LMU": (
@@ -131,6 +128,16 @@ def test_matrices_of_float32_arithmetic(tmp_path):
     layers["rnn"]["rnn/lmu_cell/A:0"] = a
     conversion = from_keras(made.h5(tmp_path / "model.h5", layers=layers))
     assert any("as float32 computation makes them" in note for note in conversion.notes)
+
+
+def test_hard_sigmoid_of_an_unknown_version(tmp_path):
+    made = Made("first", cells=["LSTM"], hard_sigmoid=True)
+    path = made.h5(tmp_path / "weights.h5", config=None)
+    with pytest.raises(InputError, match="hard_sigmoid of Keras 2 and of Keras 3 differ"):
+        from_keras(path, made.config())
+    for version, name in (("2.3.1", "hard_sigmoid_keras2"), ("3.0.0", "hard_sigmoid")):
+        found = from_keras(path, {**made.config(), "keras_version": version}).model.config.hidden_cell
+        assert found == {"name": "lstm", "recurrent_activation": name}
 
 
 def test_branches(tmp_path):
@@ -330,27 +337,6 @@ def test_archive_that_lies_about_its_size(tmp_path):
     path.write_bytes(data)
     with pytest.raises(InputError, match="damaged"):
         from_keras(path)
-
-
-def test_weights_alone_need_an_architecture(tmp_path):
-    made = Made()
-    for path in (made.weights_h5(tmp_path / "a.weights.h5"), made.h5(tmp_path / "b.h5", config=None)):
-        with pytest.raises(InputError, match="found weights alone; give its architecture"):
-            from_keras(path)
-        for config, message in (
-            ({"order": -1, "num_labels": 3}, "order"),
-            (
-                {"memory_d": 2, "order": 5, "theta": 9.0, "input_size": 3, "hidden_size": 4, "num_labels": 3},
-                "shape|found none",
-            ),
-            ({"memory_d": 2, "order": 6, "theta": 9.0, "input_size": 3, "hidden_size": 4}, "expected weights of"),
-            ({"block_type": "residual"}, "block_type='residual'"),
-            ({"theta": [9.0, 8.0], "memory_d": 2}, "one per layer"),
-            ([], "expected a mapping"),
-            (tmp_path / "none.json", "No such file"),
-        ):
-            with pytest.raises(InputError, match=message):
-                from_keras(path, config)
 
 
 def test_two_layers_share_their_settings(tmp_path):

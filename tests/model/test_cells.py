@@ -32,6 +32,21 @@ def test_equals_torch(name, reference):
         assert torch.allclose(ours_part, theirs_part, rtol=0, atol=1e-14)
 
 
+def test_gru_that_resets_before_the_product():
+    """The equations of Cho et al. (2014), as Keras 2 has them: its gates z, r, h, one bias, its hard sigmoid."""
+    cell = cells.GRUCell(6, 5, reset_after=False, recurrent_activation="hard_sigmoid_keras2", dtype=torch.float64)
+    assert [name for name, _ in cell.named_parameters()] == ["weight_ih", "weight_hh", "bias"]
+    torch.nn.init.uniform_(cell.bias)
+    z, h = torch.randn(3, 6, dtype=torch.float64), 3 * torch.randn(3, 5, dtype=torch.float64)
+    W, U, b = (parameter.detach().split(5) for parameter in (cell.weight_ih, cell.weight_hh, cell.bias))
+    reset, update = (torch.clip(0.2 * (z @ W[i].T + h @ U[i].T + b[i]) + 0.5, 0, 1) for i in (0, 1))
+    candidate = torch.tanh(z @ W[2].T + (reset * h) @ U[2].T + b[2])
+    expected = update * h + (1 - update) * candidate
+    assert torch.allclose(cell(z, (h,))[0], expected, rtol=0, atol=1e-14)
+    with pytest.raises(ValueError, match="reset_after: expected True or False, found 'no'"):
+        cells.GRUCell(6, 5, reset_after="no")
+
+
 @pytest.mark.parametrize("module", [nn.RNNCell(6, 5), nn.LSTMCell(6, 5), nn.GRUCell(6, 5), nn.Linear(6, 5)], ids=str)
 def test_torch_modules_are_cells(module):
     before = {name: value.clone() for name, value in module.state_dict().items()}

@@ -26,6 +26,11 @@ CONFIGS = {
     },
     "lstm": {"hidden_cell": "lstm", "hidden_size": 4, "input_to_hidden": True, "encoder_act": "tanh"},
     "gru_h2m": {"hidden_cell": "gru", "hidden_size": 4, "hidden_to_memory": True},
+    "gru_reset_before": {
+        "hidden_cell": {"name": "gru", "reset_after": False, "recurrent_activation": "hard_sigmoid_keras2"},
+        "hidden_size": 4,
+        "hidden_to_memory": True,
+    },
     "dense": {"hidden_cell": "dense", "hidden_size": 4, "hidden_act": "relu", "input_to_hidden": True},
     "dense_h2m": {"hidden_cell": "dense", "hidden_size": 4, "hidden_to_memory": True},
     "readout": {"hidden_cell": "readout", "kernel_initializer": None, "memory_d": 3},
