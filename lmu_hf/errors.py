@@ -7,3 +7,8 @@ class InputError(ValueError):
 
 class HubError(RuntimeError):
     """The Hub could not be reached or failed, through no fault of the input; trying again later may help."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says that says anything, else its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .card import CARD, EXAMPLE, RESULT_FILE, read_mapping, write_card
-from .errors import HubError, InputError
+from .errors import HubError, InputError, first_line
 from .plots import CONFUSION_MATRIX, LEARNING_CURVE
 
 # Everything that is a model, beside the code that `auto_map` names, and nothing else: no optimizer state, no training_args.bin,
@@ -284,14 +284,14 @@ def _told(endpoint: str, repo_id: str) -> Iterator[None]:
         if cause is None and not isinstance(error, ConnectionError | RuntimeError | json.JSONDecodeError):
             raise  # not the Hub's doing
         raise HubError(
-            f"hub: no answer from {endpoint} ({_first_line(cause or error)}); nothing was changed, so try again later"
+            f"hub: no answer from {endpoint} ({first_line(cause or error)}); nothing was changed, so try again later"
         ) from error
 
 
 def _explain(error: Any, repo_id: str) -> InputError | HubError:
     from huggingface_hub.errors import RevisionNotFoundError
 
-    status, said = error.response.status_code, error.server_message or _first_line(error)
+    status, said = error.response.status_code, error.server_message or first_line(error)
     if status == 401:
         return InputError("token: refused by the Hub; run `hf auth login` again, or correct HF_TOKEN")
     if status == 403:
@@ -305,7 +305,3 @@ def _explain(error: Any, repo_id: str) -> InputError | HubError:
     return HubError(
         f"hub: failed with {status}: {said}; {repo_id} is as it was, a second try goes on from there and sends nothing twice"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -49,6 +49,16 @@ def python_loop(monkeypatch):
     monkeypatch.setenv("LMU_HF_NATIVE", "0")
 
 
+@pytest.fixture(params=["python", "compiled"])
+def loop(request):
+    """Which time loop runs: each in turn."""
+    if request.param == "python":
+        request.getfixturevalue("python_loop")
+    elif lmu_hf.native.why_not() is not None:
+        pytest.skip(f"no compiled loop: {lmu_hf.native.why_not()}")
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def digits_model(tmp_path_factory):
     """A folder as `lmu-hf train` writes it, of two quick epochs. Not to be changed; copy it."""

@@ -23,6 +23,11 @@ from .values import (
 )
 
 LMU_CLASSES = ("LMU", "LMUFFT", "LMUFeedforward", "LMULayer")
+# By our names of their kinds.
+CELL_CLASSES = {"rnn": "SimpleRNNCell", "lstm": "LSTMCell", "gru": "GRUCell", "dense": "Dense"}
+# What keras-lmu and LMUConfig call alike.
+FLAGS = ("trainable_theta", "hidden_to_memory", "memory_to_memory", "input_to_hidden", "use_bias")
+REGULARIZERS = ("kernel_regularizer", "recurrent_regularizer", "bias_regularizer")
 _CELLS = {"SimpleRNN": "rnn", "LSTM": "lstm", "GRU": "gru", "Dense": "dense"}
 _POOLINGS = {"GlobalAveragePooling1D": "mean", "GlobalMaxPooling1D": "max"}
 _REASONS = {
@@ -308,12 +313,11 @@ def _lmu(layer: dict[str, Any], what: str, found: Architecture, keras2: bool | N
             raise InputError(f"{what}: expected a list of stacked cells, found {str(cells)[:80]}")
         if config_of(hidden).get("reverse_state_order"):
             raise refuse(what, "reverse_state_order=True; the first cell's state is the one that is fed back")
-    names = ("trainable_theta", "hidden_to_memory", "memory_to_memory", "input_to_hidden", "use_bias")
-    options: dict[str, Any] = {option: True for option in names if read_flag(config, option, False)}
+    options: dict[str, Any] = {option: True for option in FLAGS if read_flag(config, option, False)}
     for option in ("dropout", "recurrent_dropout"):
         if config.get(option):
             options[option] = float(read_number(config, option, what))
-    for option in ("kernel_regularizer", "recurrent_regularizer", "bias_regularizer"):
+    for option in REGULARIZERS:
         if config.get(option):
             options[option] = read_regularizer(config[option], f"{what}: {option}")
     if kind == "LMUFFT" or kind == "LMUFeedforward":

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..model.configuration_lmu import LMUConfig
 from ..model.legendre import smallest_stable_theta
 from ..model.modeling_lmu import LMUModel, LMUPreTrainedModel
-from .architecture import Architecture, Head, Hidden, Lmu
+from .architecture import FLAGS, REGULARIZERS, Architecture, Head, Hidden, Lmu
 from .graph import refuse
 from .weights import Arrays, LmuWeights, Weights
 
@@ -27,7 +27,9 @@ _PROBLEMS = {
     "mean_squared_error": "regression",
     "mean_absolute_error": "regression",
 }
-_OF_ACTIVATION = {"softmax": "single_label_classification", "sigmoid": "multi_label_classification"}
+# What a Keras model applies to its logits, by the kind of problem; nothing where it is not listed.
+ACTIVATION_OF = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid"}
+_OF_ACTIVATION = {activation: problem for problem, activation in ACTIVATION_OF.items()}
 _PER_STEP = {"linear": "LMUForTimeSeriesPrediction", "softmax": "LMUForTokenClassification"}
 _DEFAULT_ACTIVATION = {"rnn": "tanh", "lstm": "tanh", "gru": "tanh", "dense": "linear"}
 
@@ -237,9 +239,8 @@ def architecture_of(config: LMUConfig) -> Architecture:
         if isinstance(theta, list):
             raise refuse("a model with a theta for each memory dimension", "keras-lmu has one per layer")
         specs = config.hidden_cell if isinstance(config.hidden_cell, list) else [config.hidden_cell]
-        names = ("trainable_theta", "hidden_to_memory", "memory_to_memory", "input_to_hidden", "use_bias")
-        options: dict[str, Any] = {name: True for name in names if getattr(config, name)}
-        for name in ("dropout", "recurrent_dropout", "kernel_regularizer", "recurrent_regularizer", "bias_regularizer"):
+        options: dict[str, Any] = {name: True for name in FLAGS if getattr(config, name)}
+        for name in ("dropout", "recurrent_dropout", *REGULARIZERS):
             if getattr(config, name):
                 options[name] = getattr(config, name)
         lmus.append(

@@ -76,7 +76,7 @@ def render(conversion: Conversion, difference: float | None) -> str:
         version=f", Keras {_plain(conversion.keras_version)}" if conversion.keras_version else "",
         sha256=conversion.sha256,
         model=kind,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=model.num_parameters(),
         memory_d=config.memory_d,
         order=config.order,
         theta=config.theta,

@@ -22,8 +22,8 @@ import lmu_hf
 from ..errors import InputError
 from ..model.configuration_lmu import LMUConfig
 from ..model.modeling_lmu import LMUPreTrainedModel
-from .architecture import Architecture, Head, Hidden, Lmu
-from .build import architecture_of, lmu_weights
+from .architecture import CELL_CLASSES, FLAGS, REGULARIZERS, Architecture, Head, Hidden, Lmu
+from .build import ACTIVATION_OF, architecture_of, lmu_weights
 from .files import appearing, check_free
 from .graph import refuse
 from .source import h5py_module, snake_case
@@ -31,8 +31,6 @@ from .values import ACTIVATIONS
 from .weights import Arrays
 
 KERAS_VERSION = "3.15.1"  # whose files these look like
-_CELLS = {"rnn": "SimpleRNNCell", "lstm": "LSTMCell", "gru": "GRUCell", "dense": "Dense"}
-_HEADS = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid"}
 _POOLINGS = {"mean": "GlobalAveragePooling1D", "max": "GlobalMaxPooling1D"}
 _MODELS = ("LMUModel", "LMUForSequenceClassification", "LMUForTimeSeriesPrediction", "LMUForTokenClassification")
 
@@ -73,7 +71,7 @@ def export(model: LMUPreTrainedModel | str | Path, output: str | Path) -> dict[s
             target.write_bytes(weights)
     return {
         "layers": [layer["class_name"] for layer in layers],
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": model.num_parameters(),
     }
 
 
@@ -116,7 +114,11 @@ def _architecture(model: LMUPreTrainedModel) -> Architecture:
         units = model.get_submodule("score").out_features
         token = name == "LMUForTokenClassification"
         activation = (
-            "linear" if "TimeSeries" in name else "softmax" if token else _HEADS.get(config.problem_type or "", "linear")
+            "linear"
+            if "TimeSeries" in name
+            else "softmax"
+            if token
+            else ACTIVATION_OF.get(config.problem_type or "", "linear")
         )
         architecture.head = Head("", units, activation, per_step=every)  # type: ignore[arg-type]
         if every:
@@ -149,7 +151,7 @@ def _layers(architecture: Architecture, state: Arrays) -> tuple[list[dict[str, A
         for cell, values in zip(lmu.hidden, weights.hidden, strict=True):
             group = f"layers/{name}/cell/hidden_cell"
             if len(lmu.hidden) > 1:
-                base = snake_case(_CELLS[cell.kind])
+                base = snake_case(CELL_CLASSES[cell.kind])
                 counts[base] = counts.get(base, -1) + 1
                 group += f"/cells/{base}" + (f"_{counts[base]}" if counts[base] else "")
             groups[group] = list(values.values())
@@ -173,7 +175,6 @@ def _cell(lmu: Lmu, dtype: str, index: int) -> dict[str, Any]:
     hidden = cells[0] if cells else None
     if len(cells) > 1:
         hidden = _object("keras.layers", "StackedRNNCells", {"name": f"stacked_{index}", "dtype": dtype, "cells": cells})
-    flags = ("trainable_theta", "hidden_to_memory", "memory_to_memory", "input_to_hidden", "use_bias")
     config = {
         "name": f"lmu_cell_{index}",
         "dtype": dtype,
@@ -181,13 +182,13 @@ def _cell(lmu: Lmu, dtype: str, index: int) -> dict[str, Any]:
         "order": lmu.order,
         "theta": lmu.theta,
         "hidden_cell": hidden,
-        **{flag: lmu.has(flag) for flag in flags},
+        **{flag: lmu.has(flag) for flag in FLAGS},
         "discretizer": lmu.discretizer,
         "kernel_initializer": "glorot_uniform" if lmu.kernel else None,
         "dropout": lmu.options.get("dropout", 0),
         "recurrent_dropout": lmu.options.get("recurrent_dropout", 0),
     }
-    for name in ("kernel_regularizer", "recurrent_regularizer", "bias_regularizer"):
+    for name in REGULARIZERS:
         config[name] = _regularizer(lmu.options.get(name))
     return _object("keras_lmu.layers", "LMUCell", config, "keras-lmu>LMUCell")
 
@@ -202,7 +203,7 @@ def _regularizer(spec: Any) -> dict[str, Any] | None:
 
 
 def _hidden(cell: Hidden, dtype: str, suffix: str) -> dict[str, Any]:
-    kind = _CELLS[cell.kind]
+    kind = CELL_CLASSES[cell.kind]
     for name in (cell.activation, cell.recurrent_activation):
         if name not in ACTIVATIONS.values():  # Keras 3 has no hard_sigmoid of Keras 2
             raise refuse(f"a hidden cell with activation {name!r}", "that of Keras with this name computes something else")

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import InputError
 from ..model.configuration_lmu import LMUConfig
 from .architecture import Architecture, Head, parse
-from .build import architecture_of, build_model
+from .build import ACTIVATION_OF, architecture_of, build_model
 from .card import render
 from .conversion import TOLERANCE, Conversion, VerificationError, verify
 from .deduction import deduce
@@ -90,9 +90,9 @@ def _of_fields(fields: dict[str, Any], notes: list[str], what: str) -> Architect
     architecture = architecture_of(ours)
     architecture.notes += notes
     if {"num_labels", "id2label"} & set(fields):
-        activation = {"single_label_classification": "softmax", "multi_label_classification": "sigmoid"}
+        activation = ACTIVATION_OF.get(ours.problem_type or "", "linear")
         # Whether it has a bias, the weights tell.
-        architecture.head = Head("", len(ours.label_names), activation.get(ours.problem_type or "", "linear"), use_bias=None)
+        architecture.head = Head("", len(ours.label_names), activation, use_bias=None)
     elif ours.return_sequences and "return_sequences" in fields:
         architecture.pooling = None
     return architecture
@@ -141,7 +141,7 @@ def convert(
     model = conversion.model
     return {
         "model": type(model).__name__,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": model.num_parameters(),
         "notes": conversion.notes,
         "difference": difference,
     }

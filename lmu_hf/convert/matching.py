@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .architecture import Architecture, Hidden, Lmu
+from .architecture import CELL_CLASSES, Architecture, Hidden, Lmu
 from .source import Source, StoredArray, StoredLayer, natural, snake_case
 
 Key = tuple[str | int, str]
@@ -68,17 +68,19 @@ class Pool:
 
 def pool_of_dense(what: str, layer: StoredLayer | None) -> Pool:
     """The arrays of a dense layer."""
-    arrays = [] if layer is None else _real(layer)
-    if layer is not None and layer.numbered:
-        return Pool(what, _numbered("own", arrays, [("kernel", _is_matrix), ("bias", _is_vector)], what))
-    return Pool(what, _unique([(("own", _leaf(array)), array) for array in arrays], what))
+    return _pool_of_one(what, layer, [("kernel", _is_matrix), ("bias", _is_vector)])
 
 
 def pool_of_embedding(what: str, layer: StoredLayer) -> Pool:
     """The array of an embedding."""
-    arrays = _real(layer)
-    if layer.numbered:
-        return Pool(what, _numbered("own", arrays, [("embeddings", _is_matrix)], what))
+    return _pool_of_one(what, layer, [("embeddings", _is_matrix)])
+
+
+def _pool_of_one(what: str, layer: StoredLayer | None, roles: list[Role]) -> Pool:
+    """The arrays of a layer without parts, by their names or else by the roles in the order of their places."""
+    arrays = [] if layer is None else _real(layer)
+    if layer is not None and layer.numbered:
+        return Pool(what, _numbered("own", arrays, roles, what))
     return Pool(what, _unique([(("own", _leaf(array)), array) for array in arrays], what))
 
 
@@ -109,7 +111,7 @@ def _real(layer: StoredLayer) -> list[StoredArray]:
 
 
 def _leaf(array: StoredArray) -> str:
-    return re.sub(r"_\d+$", "", array.leaf)
+    return _base(array.leaf)
 
 
 def _base(name: str) -> str:
@@ -141,7 +143,7 @@ def _lmu_by_name(arrays: list[StoredArray], lmu: Lmu, cells: list[Hidden], what:
             if exact := [group for group in groups if cell.name and group and group[-1] == cell.name]:
                 owners[exact[0]] = index
         for index, cell in enumerate(cells):
-            base = _base(cell.name or snake_case(_CLASSES[cell.kind]))
+            base = _base(cell.name or snake_case(CELL_CLASSES[cell.kind]))
             same = [group for group in groups if group not in owners and group and _base(group[-1]) == base]
             if index not in owners.values() and same:
                 owners[same[0]] = index
@@ -183,7 +185,6 @@ def _lmu_by_shape(arrays: list[StoredArray], lmu: Lmu, what: str) -> dict[Key, S
 
 # ---------------------------------------------------------------- by place
 
-_CLASSES = {"rnn": "SimpleRNNCell", "lstm": "LSTMCell", "gru": "GRUCell", "dense": "Dense"}
 Role = tuple[str, Callable[[StoredArray], bool]]
 
 
@@ -260,9 +261,9 @@ def _cell_paths(hidden: dict[str, Any], cells: list[Hidden], what: str) -> list[
         return list(hidden)
     paths = []
     for cell in cells:
-        same = by_class.get(snake_case(_CLASSES[cell.kind]), [])
+        same = by_class.get(snake_case(CELL_CLASSES[cell.kind]), [])
         if not same:
-            raise InputError(f"{what}: expected weights of a {_CLASSES[cell.kind]}, found those of {sorted(hidden)}")
+            raise InputError(f"{what}: expected weights of a {CELL_CLASSES[cell.kind]}, found those of {sorted(hidden)}")
         paths.append(same.pop(0))
     return paths
 

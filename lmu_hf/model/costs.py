@@ -1,9 +1,8 @@
 """What the algorithms cost: the models by which ``auto`` chooses.
 
 Nanoseconds of a forward pass, or of forward and backward, on a CPU. The forms follow from the algorithms; the factors were fitted
-to measurements on two cores of a server processor (``scripts/benchmarks/choices.py`` walks the same grid and says how far the
-choices are from the best). Only their ratios matter, and these are alike on other processors. On other devices than CPUs, and in
-traced graphs, which serve many sizes, the choices are reasoned, not measured.
+to measurements on two cores of a server processor. Only their ratios matter, and these are alike on other processors. On other
+devices than CPUs, and in traced graphs, which serve many sizes, the choices are reasoned, not measured.
 """
 
 from typing import NamedTuple

@@ -16,12 +16,13 @@ from .cells import is_recurrent
 from .gates import gate_weights
 from .lmu_cell import LMUCell
 from .lookahead import gated_scan, lookahead_input, lookahead_recurrence, uncoupled_recurrence
-from .memory import ALGORITHMS, linear_memory
+from .memory import ALGORITHMS, linear_memory, wants_gradient
 from .plan import Plan, make_plan
 from .ragged import blank, check_lengths, last_valid, pack, reverse, to_front, to_place, where_started
 from .recurrence import naive_recurrence, naive_scan
-from .state import BidirectionalState, Dropout, LMUState
+from .state import BidirectionalState, Dropout, LMUState, forget_
 from .stepper import LMUStepper
+from .weights import a_weight
 
 
 class LMU(nn.Module):
@@ -130,12 +131,8 @@ class LMU(nn.Module):
             return
         if rows is None:
             self._state = None
-            return
-        index = torch.as_tensor(rows, device=self._state.memory.device)
-        if index.is_floating_point():
-            raise ValueError(f"rows: expected row numbers or a boolean per row, found {rows!r}")
-        for tensor in self._state.tensors():
-            tensor[index] = 0
+        else:
+            forget_(self._state.tensors(), rows)
 
     def reset_parameters(self) -> None:
         """Initialises all weights anew."""
@@ -253,9 +250,6 @@ class LMU(nn.Module):
         state = cell.check_state(initial_state, x)
         dropout, system = cell.sample_dropout(x), cell.system()
         weights = None if x.shape[1] == 1 or self.algorithm == "naive" else gate_weights(cell.hidden_cell)
-        wanted = [x, *cell.parameters(recurse=False)]
-        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
-        like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
         plan = make_plan(
             cell,
             self.algorithm,
@@ -264,8 +258,8 @@ class LMU(nn.Module):
             weights,
             dropout,
             return_sequences=return_sequences,
-            training=training,
-            like=like,
+            training=wants_gradient(x, *cell.parameters(recurse=False)),
+            like=x,
         )
         sequence: Any = {"return_sequence": return_sequences}
         if self.algorithm == "naive" or (plan.memory == "naive" and (cell.coupled or self._hidden_is_recurrent)):
@@ -324,8 +318,7 @@ class LMU(nn.Module):
             raise ValueError(f"explain: expected at least one row and one step, found batch={batch}, steps={steps}")
         cell = self.cell
         training = self.training if training is None else training
-        x = next((weight for weight in cell.parameters() if weight.is_floating_point()), torch.empty(0))
-        like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        like = a_weight(cell)
         rates = (cell.dropout, cell.recurrent_dropout)
         dropout = Dropout(*(like if training and rate else None for rate in rates))
         weights = None if self.algorithm == "naive" else gate_weights(cell.hidden_cell)

@@ -79,7 +79,7 @@ def linear_memory(
     if lengths is not None:
         lengths = check_lengths(lengths, batch, steps, u.device)
     if algorithm == "auto":
-        algorithm, _ = choose_algorithm(u, initial_state, system, return_sequence)
+        algorithm = _choose(u, initial_state, system, return_sequence)
     if algorithm not in _IMPLEMENTATIONS:
         raise ValueError(f"algorithm: expected 'auto' or one of {list(ALGORITHMS)}, found {algorithm!r}")
     if algorithm == "final" and return_sequence:
@@ -115,18 +115,19 @@ def naive_linear_memory(
     return torch.stack(states, dim=1), memory
 
 
-def choose_algorithm(u: Tensor, initial_state: Tensor | None, system: DelaySystem, return_sequence: bool) -> tuple[str, int]:
-    """The algorithm that ``auto`` takes here, and its steps per chunk, 0 where it has none."""
+def _choose(u: Tensor, initial_state: Tensor | None, system: DelaySystem, return_sequence: bool) -> str:
+    """The algorithm that ``auto`` takes here."""
     batch, steps, dims = u.shape
-    return memory_algorithm(
+    algorithm, _ = memory_algorithm(
         batch * dims,
         steps,
         system.order,
         return_sequence=return_sequence,
-        training=_training(u, initial_state, system.Ad),
+        training=wants_gradient(u, initial_state, system.Ad),
         compiled=available(u.new_empty(0, dtype=torch.promote_types(u.dtype, torch.float32))),
         measured=measured(u),
     )
+    return algorithm
 
 
 def measured(like: Tensor) -> bool:
@@ -134,7 +135,8 @@ def measured(like: Tensor) -> bool:
     return like.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _training(*tensors: Tensor | None) -> bool:
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether what is computed from these tensors now has a backward pass."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
@@ -152,7 +154,7 @@ def memory_step(memory: Tensor, u: Tensor, Ad: Tensor, Bd: Tensor) -> Tensor:
 def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     inputs = fold_rows(u, system.scales)
     rows, steps = inputs.shape[0] * inputs.shape[1], inputs.shape[2]
-    training = _training(inputs, initial_state, system.Ad)
+    training = wants_gradient(inputs, initial_state, system.Ad)
     size = min(steps, memory_chunk(rows, steps, system.order, training=training, measured=measured(u)))
     operator = system.chunk_operator(size, u.dtype, u.device)
     memory = None if initial_state is None else fold_state(initial_state, system.scales)

@@ -19,7 +19,23 @@ from .ragged import Packing, hold, pack, to_front, to_place
 IGNORED = -100
 
 
-class LMUForSequenceClassification(LMUPreTrainedModel):
+class _LMUClassifier(LMUPreTrainedModel):
+    """What the heads that answer with labels share: dropout and a linear layer."""
+
+    def __init__(self, config: LMUConfig):
+        super().__init__(config)
+        self.num_labels = len(config.label_names)
+        self.model = LMUModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.output_size, self.num_labels)
+        self.post_init()
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The logits (..., num_labels) of outputs (..., output_size)."""
+        return self.score(self.dropout(hidden))
+
+
+class LMUForSequenceClassification(_LMUClassifier):
     """An LMU with a linear layer on its pooled output, for one label, several labels or regression per sequence."""
 
     _auto_classes = (
@@ -29,14 +45,6 @@ class LMUForSequenceClassification(LMUPreTrainedModel):
     )
 
     pools = True
-
-    def __init__(self, config: LMUConfig):
-        super().__init__(config)
-        self.num_labels = len(config.label_names)
-        self.model = LMUModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.output_size, self.num_labels)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -88,10 +96,6 @@ class LMUForSequenceClassification(LMUPreTrainedModel):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """The logits (..., num_labels) of pooled outputs (..., output_size)."""
-        return self.score(self.dropout(hidden))
-
     def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any) -> Tensor:
         problem = self.config.problem_type
         if problem is None:
@@ -133,18 +137,10 @@ class LMUTokenClassifierOutput(TokenClassifierOutput):
     past_key_values: LMUCache | None = None
 
 
-class LMUForTokenClassification(LMUPreTrainedModel):
+class LMUForTokenClassification(_LMUClassifier):
     """An LMU with a linear layer on the output of every step: one label per token or per step of a signal."""
 
     _auto_classes = ("AutoModelForTokenClassification",)
-
-    def __init__(self, config: LMUConfig):
-        super().__init__(config)
-        self.num_labels = len(config.label_names)
-        self.model = LMUModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.output_size, self.num_labels)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -199,10 +195,6 @@ class LMUForTokenClassification(LMUPreTrainedModel):
         return LMUTokenClassifierOutput(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """The logits (..., num_labels) of outputs (..., output_size)."""
-        return self.score(self.dropout(hidden))
 
 
 class LMUForCausalLM(LMUPreTrainedModel, GenerationMixin):

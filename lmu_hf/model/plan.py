@@ -66,7 +66,7 @@ def make_plan(
         dropout: the masks of this run.
         return_sequences: all outputs are wanted.
         training: a gradient of the memory's input is wanted.
-        like: a tensor of the dtype and on the device of the computation.
+        like: a tensor of the dtype and on the device of the inputs.
 
     Raises:
         ValueError: the named algorithm cannot run this layer.
@@ -79,6 +79,8 @@ def make_plan(
             return _naive(cell, "a single step has nothing to look ahead to")
         if torch.compiler.is_exporting():
             return _naive(cell, "an exported graph cannot hold the differentiable function of the fast loops")
+    # Half precision is computed in float32.
+    like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
     width = 0 if weights is None else weights.input_weight.shape[1]
     if cell.coupled:
         reason = unsupported(cell, weights, dropout)

@@ -1,7 +1,9 @@
 """What an LMU carries from step to step."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -43,3 +45,20 @@ class Dropout(NamedTuple):
 
     encoder: Tensor | None = None
     recurrent: Tensor | None = None
+
+
+def forget_(tensors: tuple[Tensor, ...], rows: Tensor | Sequence[int]) -> None:
+    """Zeroes the given rows of state tensors in place.
+
+    Args:
+        tensors: (batch, ...) each.
+        rows: an index or boolean tensor or list.
+
+    Raises:
+        ValueError: ``rows`` are neither whole numbers nor booleans.
+    """
+    index = torch.as_tensor(rows, device=tensors[0].device)
+    if index.is_floating_point():
+        raise ValueError(f"rows: expected row numbers or a boolean per row, found {rows!r}")
+    for tensor in tensors:
+        tensor[index] = 0

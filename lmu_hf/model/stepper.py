@@ -20,7 +20,8 @@ from .cells import ACTIVATIONS
 from .compiled import available, filled_up
 from .folding import encoder_matrix
 from .gates import GATES, GateWeights, gate_weights
-from .state import LMUState
+from .state import LMUState, forget_
+from .weights import a_weight
 
 if TYPE_CHECKING:
     from .lmu_cell import LMUCell
@@ -43,21 +44,20 @@ class LMUStepper:
     """
 
     def __init__(self, cell: LMUCell, batch_size: int = 1):
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: expected a whole number of streams >= 1, found {batch_size!r}")
-        self.cell, self.batch_size = cell, batch_size
+        self.cell, self.batch_size = cell, check_streams(batch_size)
         with torch.no_grad():
             weights = gate_weights(cell.hidden_cell)
-            like = next((weight for weight in cell.parameters() if weight.is_floating_point()), torch.empty(0))
+            like = a_weight(cell)
             self._like = like.new_empty(batch_size, cell.input_size).detach()
-            self._run = self._step_by_step(cell)
-            self.loop = "step by step"
             kind = "none" if cell.hidden_cell is None else None if weights is None else weights.kind
             if kind is not None and like.dtype in (torch.float32, torch.float64):
                 prepared = _prepare(cell, weights, like)
                 compiled = available(self._like) and cell.encoder_act == "linear"
                 self.loop = "compiled" if compiled else "python"
                 self._run = (self._compiled if compiled else self._python)(kind, *prepared)
+            else:
+                self.loop = "step by step"
+                self._run = self._step_by_step(cell)
         self.reset()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -89,10 +89,8 @@ class LMUStepper:
         with torch.inference_mode():
             if rows is None:
                 self._state = tuple(tensor.contiguous() for tensor in self.cell.initial_state(self._like).tensors())
-                return
-            index = torch.as_tensor(rows, device=self._like.device)
-            for tensor in self._state:
-                tensor[index] = 0
+            else:
+                forget_(self._state, rows)
 
     def _step_by_step(self, cell: LMUCell) -> Callable[[Tensor], Tensor]:
         system = cell.system()
@@ -157,6 +155,13 @@ class LMUStepper:
             return kept[0][:, 0].clone()
 
         return run
+
+
+def check_streams(batch_size: int) -> int:
+    """Returns ``batch_size`` if it is a whole number >= 1; raises ValueError otherwise."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected a whole number of streams >= 1, found {batch_size!r}")
+    return batch_size
 
 
 def _prepare(cell: LMUCell, weights: GateWeights | None, like: Tensor) -> tuple[Tensor | None, ...]:

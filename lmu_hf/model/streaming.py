@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .cache_lmu import LMUCache
+from .stepper import check_streams
 
 
 class LMUStreamer:
@@ -33,9 +34,7 @@ class LMUStreamer:
                 f"streamer: a model with {field}=True needs the end of a sequence before its first output, so it cannot follow "
                 "a stream; use a model that runs forward only"
             )
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: expected a whole number of streams >= 1, found {batch_size!r}")
-        self.model, self.batch_size = model, batch_size
+        self.model, self.batch_size = model, check_streams(batch_size)
         self.cache = LMUCache(config.num_hidden_layers)
 
     def step(self, sample: Tensor, active: Tensor | None = None) -> Tensor:

@@ -164,3 +164,8 @@ def regularization(weight: Tensor, spec: Spec | None) -> Tensor:
     if l2 := factors.get("l2", 0.0):
         loss = loss + l2 * weight.square().sum()
     return loss
+
+
+def a_weight(module: nn.Module) -> Tensor:
+    """A weight of a module, for the dtype and the device that it computes with; an empty tensor where it has none."""
+    return next((weight for weight in module.parameters() if weight.is_floating_point()), torch.empty(0))

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from ..errors import first_line
+
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("scan.cpp")
@@ -38,8 +40,7 @@ def why_not() -> str | None:
         else:
             _build_and_load(library)
     except Exception as error:  # whatever goes wrong with a compiler, the loop in Python is there
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        reason = first_line(error)
         logger.warning(
             "the compiled CPU loop cannot be built, so recurrent LMUs run on the slower loop in Python: %s. It needs a C++ "
             "compiler and the package ninja (pip install lmu-hf[native]); LMU_HF_NATIVE=0 silences this message",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,7 +131,7 @@ def load_tables(data: str, task: str, extensions: Sequence[str] = (".parquet",))
         try:
             return dict(load_dataset(data))
         except Exception as error:  # the Hub client raises many kinds; each means that there is no data
-            reason = _first_line(error)
+            reason = first_line(error)
             raise InputError(
                 f"data: {data} is no local file or folder and could not be loaded from the Hub ({reason}); give a local copy "
                 f"with --data"
@@ -149,7 +149,7 @@ def load_tables(data: str, task: str, extensions: Sequence[str] = (".parquet",))
     try:
         tables = dict(load_dataset(kind, data_files=parts))
     except Exception as error:  # the readers raise many kinds; each means that the file is not what it says
-        raise InputError(f"data: {data} could not be read as {kind}: {_first_line(error.__cause__ or error)}") from error
+        raise InputError(f"data: {data} could not be read as {kind}: {first_line(error.__cause__ or error)}") from error
     if empty := [part for part, table in tables.items() if len(table) == 0]:
         raise InputError(f"data: expected at least one row, found none in the {empty[0]} part of {data}")
     return tables
@@ -166,10 +166,6 @@ def column(table: Dataset, part: str, name: str, wanted: str) -> Any:
             f"{part}: no column {name!r} for the {wanted}, found {table.column_names}; name it with task.{wanted}_column=..."
         )
     return table[name]
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _is_hub_id(data: str) -> bool:

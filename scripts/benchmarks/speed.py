@@ -8,13 +8,14 @@ environment with keras-lmu==0.9.0 and tensorflow-cpu. Prints medians with their 
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 from cases import CASES
+
+from lmu_hf.record import hardware
 
 HERE = Path(__file__).parent
 
@@ -85,16 +86,6 @@ def describe(result: dict) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-        cpu += f", {sum(line.startswith('processor') for line in lines)} cores"
-    return cpu
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help=f"some of {', '.join(CASES)}; all by default")
@@ -105,7 +96,8 @@ def main() -> None:
     unknown = set(arguments.cases) - set(CASES)
     if unknown:
         parser.error(f"unknown cases {sorted(unknown)}; there are {', '.join(CASES)}")
-    report = {"machine": machine(), "results": {}}
+    machine = hardware()
+    report = {"machine": f"{machine['cpu']}, {machine['cores']} cores", "results": {}}
     for name in arguments.cases or CASES:
         result = report["results"][name] = measure(CASES[name], arguments.runs, arguments.keras)
         print(describe(result), flush=True)

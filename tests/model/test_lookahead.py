@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmu_hf import native
-from lmu_hf.model import compiled, lookahead, plan
+from lmu_hf.model import lookahead, plan
 from lmu_hf.model.cell_registry import build_hidden_cell
 from lmu_hf.model.gates import GATES, gate_weights
 from lmu_hf.model.layer import LMU
@@ -67,16 +66,6 @@ def everything(layer, x, lengths):
     # A state that a path does not depend on has no gradient there and a zero one elsewhere.
     inputs = [x, *start, *layer.parameters()]
     return results, torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-
-
-@pytest.fixture(params=["python", "compiled"])
-def loop(request, monkeypatch):
-    """Which time loop runs."""
-    if request.param == "python":
-        monkeypatch.setattr(compiled, "_load", None)
-    elif native.why_not() is not None:
-        pytest.skip(f"no compiled loop: {native.why_not()}")
-    return request.param
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7])

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmu_hf import LMU, native
-from lmu_hf.model import compiled
+from lmu_hf import LMU
 
 LAYERS = {
     "rnn": ((3, 2, 5, 9.0, "rnn", 4), {}),
@@ -26,15 +25,6 @@ LAYERS = {
     "readout": ((2, 2, 5, 9.0, "readout"), {}),
 }
 BY_STEP = ("no_gates", "stack", "readout")
-
-
-@pytest.fixture(params=["python", "compiled"])
-def loop(request, monkeypatch):
-    if request.param == "python":
-        monkeypatch.setattr(compiled, "_load", None)
-    elif native.why_not() is not None:
-        pytest.skip(f"no compiled loop: {native.why_not()}")
-    return request.param
 
 
 def build(name, dtype=torch.float64):
