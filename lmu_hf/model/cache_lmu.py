@@ -69,7 +69,7 @@ class LMUCache(Cache):
         if self.pooled is not None:
             if pooling == "mean":
                 # A running mean rather than a sum: it stays in range however long the stream is.
-                share = (added / self.count.clamp(min=1))[:, None].to(pooled.dtype)
+                share = (added.to(pooled.dtype) / self.count.clamp(min=1))[:, None]
                 pooled = self.pooled + share * (pooled - self.pooled)
             else:
                 both = torch.maximum(self.pooled, pooled)

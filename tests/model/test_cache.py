@@ -32,7 +32,7 @@ def test_step_by_step_equals_at_once(name):
 
 @pytest.mark.parametrize("name", FORWARD)
 def test_chunks_equal_at_once_with_gradients(name):
-    model = build(LMUModel, name)
+    model = build(LMUModel, name).double()
     batch = inputs(model)
 
     def gradients(outputs, pooled):
@@ -49,8 +49,9 @@ def test_chunks_equal_at_once_with_gradients(name):
         parts.append(outputs.last_hidden_state)
     close(torch.cat(parts, dim=1), whole.last_hidden_state)
     for found, right in zip(gradients(torch.cat(parts, dim=1), outputs.pooler_output), expected, strict=True):
-        # Relative, because gradients over many steps are larger than outputs.
-        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+        # In float64, where 6e-14 was seen: cut elsewhere, sums have another order, and in float32 that is all there is of the
+        # small ones among gradients of up to 18.
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("whole_mask", [False, True])
