@@ -42,6 +42,15 @@ __version__ = "0.1.0"
 
 compiled.offer(native.load)
 
+
+def _write_card(folder: str, repo_id: str, revision: str | None) -> None:
+    from .hub import replace_draft  # only who publishes needs it
+
+    replace_draft(folder, repo_id, revision)
+
+
+LMUPreTrainedModel._write_card = staticmethod(_write_card)
+
 AutoConfig.register("lmu", LMUConfig, exist_ok=True)
 AutoModel.register(LMUConfig, LMUModel, exist_ok=True)
 for _auto in (AutoModelForSequenceClassification, AutoModelForImageClassification, AutoModelForAudioClassification):

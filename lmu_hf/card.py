@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
+from .description import Kind, count, kind_of, label_names, loss_name, overview, summary
 from .errors import InputError
 from .example import run_example, usage_example
 from .plots import CONFUSION_MATRIX, LEARNING_CURVE
@@ -71,23 +73,34 @@ def write_card(
         result = read_mapping(files[RESULT_FILE]) if RESULT_FILE in files else {}
     before, after, kept = _hand_written(existing)
     license = license or kept.get("license") or DEFAULT_LICENSE
-    kind = _kind(config, processor)
+    kind = kind_of(config, processor)
     example = result.get("example", {})
-    code = usage_example(config, processor, repo_id, revision, example.get("file") if example.get("file") in files else None)
+    tokenizer = any(name in files for name in ("tokenizer.json", "tokenizer_config.json"))
+    image = example.get("file") if example.get("file") in files else None
+    write = partial(usage_example, config, processor, kind, repo_id, revision, image=image)
+    code = write(tokenizer=tokenizer)
+    try:
+        output = run_example(code, files, repo_id, revision)
+    except InputError:
+        if not tokenizer:
+            raise
+        # A tokenizer of some other kind of text may make nothing of our words.
+        code = write(tokenizer=False)
+        output = run_example(code, files, repo_id, revision)
     card = ModelCard.from_template(
         _metadata(result, config, kind, repo_id, license),
         template_str=package_files("lmu_hf").joinpath("card.md.j2").read_text(encoding="utf-8"),
         begin_mark=BEGIN,
         end_mark=END,
         title=repo_id.partition("/")[2],
-        summary=_summary(result, config, processor, kind),
-        overview=_overview(result, config, processor, files),
+        summary=summary(result, config, processor, kind),
+        overview=overview(result, config, processor, files),
         repo_id=repo_id,
-        predicts={"image": "images", "signal": "CSV and NPY tables, a row per step"}.get(kind, ""),
+        predicts={"image": "images", "signal": "CSV and NPY tables, a row per step"}.get(kind.name, "") if processor else "",
         code=code,
-        output=run_example(code, files, repo_id, revision),
+        output=output,
         example_label=example.get("label") if example.get("file") in files else None,
-        metrics=[_METRICS.get(metric, metric) for metric in _metrics(result)],
+        metrics=[loss_name(config, kind) if metric == "loss" else metric for metric in _metrics(result)],
         scores=_score_rows(result),
         interval=_interval(result),
         confusion=CONFUSION_MATRIX if CONFUSION_MATRIX in files else None,
@@ -96,6 +109,7 @@ def write_card(
         recipe=_recipe(result),
         recipe_words=_recipe_words(result),
         curve=LEARNING_CURVE if LEARNING_CURVE in files else None,
+        curves="loss and accuracy" if any("accuracy" in epoch for epoch in result.get("history", [])) else "loss",
         versions=", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items()),
         limits=_limits(result, config, processor, kind),
         licence=license,
@@ -117,7 +131,7 @@ def _hand_written(existing: str | None) -> tuple[str, str, dict[str, Any]]:
     """What a person wrote before and after the generated part, and the metadata of the card."""
     from huggingface_hub import ModelCard
 
-    if existing is None or _is_draft(existing):
+    if existing is None or is_draft(existing):
         return "", "", {}
     try:
         card = ModelCard(existing, ignore_metadata_errors=True)
@@ -138,7 +152,7 @@ def _hand_written(existing: str | None) -> tuple[str, str, dict[str, Any]]:
     return before.strip("\n"), after.strip("\n") + "\n" if after.strip() else "", metadata
 
 
-def _is_draft(card: str) -> bool:
+def is_draft(card: str) -> bool:
     """Whether a card is what transformers writes where there is none, with all of its gaps: nothing that a person wrote."""
     from huggingface_hub.repocard import TEMPLATE_MODELCARD_PATH
 
@@ -149,7 +163,7 @@ def _is_draft(card: str) -> bool:
     return "This model card has been automatically generated." in card and card.count(gap) >= gaps
 
 
-def _metadata(result: dict[str, Any], config: dict[str, Any], kind: str, repo_id: str, license: str) -> Any:
+def _metadata(result: dict[str, Any], config: dict[str, Any], kind: Kind, repo_id: str, license: str) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
     dataset = result.get("dataset", {})
@@ -157,7 +171,7 @@ def _metadata(result: dict[str, Any], config: dict[str, Any], kind: str, repo_id
     on_hub = dataset.get("id") if (dataset.get("id") or "sklearn/").partition("/")[0] != "sklearn" else None
     evaluations = [
         EvalResult(
-            task_type=_TASK_TYPES[kind],
+            task_type=kind.task,
             dataset_type=on_hub or dataset["name"],
             dataset_name=dataset["name"],
             dataset_split=part,
@@ -172,9 +186,9 @@ def _metadata(result: dict[str, Any], config: dict[str, Any], kind: str, repo_id
     return ModelCardData(
         library_name="transformers",
         license=license,
-        pipeline_tag="image-classification" if kind == "image" else None,
+        pipeline_tag=kind.pipeline,
         tags=["lmu", "legendre-memory-unit", "custom_code", *result.get("tags", [])]
-        + (["time-series", "time-series-classification"] if kind == "signal" else []),
+        + (["time-series", "time-series-classification"] if kind.name == "signal" else []),
         base_model=result.get("base_model"),
         datasets=[on_hub] if on_hub else None,
         metrics=[metric for metric in _metrics(result) if metric != "loss"] or None,
@@ -183,99 +197,7 @@ def _metadata(result: dict[str, Any], config: dict[str, Any], kind: str, repo_id
     )
 
 
-_TASK_TYPES = {"image": "image-classification", "signal": "time-series-classification", "other": "other"}
-_METRICS = {"loss": "loss (cross-entropy, nats)"}
 _USES = {"train": "fitted the weights", "validation": "chose the epoch to keep", "test": "scored once, at the end"}
-
-
-def _kind(config: dict[str, Any], processor: dict[str, Any]) -> str:
-    if config.get("architectures") != ["LMUForSequenceClassification"]:
-        return "other"
-    if "image_processor_type" in processor:
-        return "image"
-    return "signal" if "feature_extractor_type" in processor else "other"
-
-
-def _labels(config: dict[str, Any]) -> list[str]:
-    names = config.get("id2label", {})
-    return [str(names[key]) for key in sorted(names, key=int)]
-
-
-def _summary(result: dict[str, Any], config: dict[str, Any], processor: dict[str, Any], kind: str) -> str:
-    labels = _labels(config)
-    if kind == "image":
-        thing = f"an image of {processor['size']['height']} x {processor['size']['width']} pixels"
-    else:
-        thing = "a text" if config.get("vocab_size") else "a time series"
-    if kind == "other":
-        does = f"reads {thing}"
-    elif config.get("problem_type") == "regression":
-        does = f"computes {_count(len(labels), 'value')} from {thing}"
-    else:
-        listed = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
-        does = f"sorts {thing} into one of {len(labels)} classes ({listed})"
-    base = result.get("base_model")
-    tuned = f" It is a fine-tuned [{base}](https://huggingface.co/{base})." if base else ""
-    series = "pixels" if kind == "image" else "text" if config.get("vocab_size") else "series"
-    return (
-        f"This model {does}. It goes through the {series} step by step and keeps what it has read in a Legendre Memory Unit "
-        f"(LMU): a sliding window of the past, held as coefficients of Legendre polynomials, updated by one fixed matrix.{tuned}"
-    )
-
-
-def _overview(
-    result: dict[str, Any], config: dict[str, Any], processor: dict[str, Any], files: dict[str, Path]
-) -> list[tuple[str, str]]:
-    rows = []
-    if "image_processor_type" in processor:
-        pixels = processor["size"]["height"] * processor["size"]["width"]
-        value = "one grey value" if processor["image_mode"] == "L" else "red, green and blue"
-        order = "in a fixed random order, stored with the processor" if processor.get("permutation") else "row by row"
-        rows.append(("Input", f"{pixels:,} steps, {value} per step, {order}"))
-    elif "feature_extractor_type" in processor:
-        rate = processor["sampling_rate"]
-        sampled = f", {rate:,} samples per second" if rate > 1 else ""
-        rows.append(("Input", f"any number of steps, {_count(processor['feature_size'], 'channel')} per step{sampled}"))
-    elif config.get("vocab_size"):
-        rows.append(("Input", f"tokens, a vocabulary of {config['vocab_size']:,}"))
-    layers = config["num_hidden_layers"]
-    block = " in residual blocks" if config["block_type"] == "residual" else ""
-    rows.append(("Layers", f"{layers}{block}" + (", bidirectional" if config["bidirectional"] else "")))
-    theta = config["theta"]
-    window = f"{theta:g} steps" if isinstance(theta, int | float) else f"{json.dumps(theta)} steps"
-    trained = ", trained" if config["trainable_theta"] else ""
-    coupled = ", fed back into itself" if config["hidden_to_memory"] or config["memory_to_memory"] else ""
-    dimensions = _count(config["memory_d"], "dimension")
-    rows.append(("Memory", f"{dimensions} of order {config['order']:,}, window of {window}{trained}{coupled}"))
-    cell = config["hidden_cell"]
-    if cell is None:
-        hidden = "none: the memory is the output"
-    elif isinstance(cell, str):
-        act = f", {config['hidden_act']}" if config["hidden_act"] else ""
-        hidden = cell if cell == "readout" else f"{cell}, {config['hidden_size']:,} units{act}"
-    else:
-        hidden = f"`{json.dumps(cell)}`"
-    rows.append(("Hidden cell", hidden))
-    total, trainable = _parameters(result, files)
-    rows.append(("Parameters", f"{total:,}" + ("" if trainable == total else f", {trainable:,} of them trained")))
-    return rows
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _parameters(result: dict[str, Any], files: dict[str, Path]) -> tuple[int, int]:
-    if "parameters" in result:
-        return result["parameters"]["total"], result["parameters"]["trainable"]
-    from safetensors import safe_open
-
-    total = 0
-    for name, path in files.items():
-        if name.endswith(".safetensors"):
-            with safe_open(path, "pt") as weights:
-                total += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-    return total, total
 
 
 def _scores(result: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -353,7 +275,7 @@ def _training(result: dict[str, Any]) -> str:
     if hardware:
         gpus = hardware.get("gpus") or []
         used, there = hardware["torch_threads"], hardware["cores"]
-        cores = _count(there, "core") if used >= there else f"{used} of {_count(there, 'core')}"
+        cores = count(there, "core") if used >= there else f"{used} of {count(there, 'core')}"
         machine = ", ".join(gpus) if gpus else f"{cores} of a CPU ({hardware['cpu']}), no GPU"
         words += f" on {machine}"
     sentences.append(words)
@@ -392,28 +314,37 @@ def _recipe_words(result: dict[str, Any]) -> str:
     return f"To train it again, save this as `{file}` and run `lmu-hf train {file}{data}`:"
 
 
-def _limits(result: dict[str, Any], config: dict[str, Any], processor: dict[str, Any], kind: str) -> list[str]:
+def _limits(result: dict[str, Any], config: dict[str, Any], processor: dict[str, Any], kind: Kind) -> list[str]:
     limits = []
     if result.get("dataset", {}).get("name"):
         limits.append("It was trained and scored on one dataset; how it does on other data is not known.")
     if "seed" in result.get("experiment", {}):
         limits.append("The scores are those of one run; another seed gives somewhat different ones.")
-    if kind in ("image", "signal") and config.get("problem_type") != "regression":
+    one_label = config.get("problem_type") in (None, "single_label_classification") and len(label_names(config)) > 1
+    if kind.name in ("image", "signal", "text") and one_label:
         limits.append("It always answers with one of its classes, also where none of them fits.")
-    if kind == "image" and not processor["do_resize"]:
+    if kind.name == "image" and not processor["do_resize"]:
         size = f"{processor['size']['height']} x {processor['size']['width']}"
         limits.append(f"Images of another size than {size} pixels are refused, not resized.")
-    if kind == "signal":
+    if "feature_extractor_type" in processor:
         limits.append(
             "Signals have to come in the unit and at the sampling rate of the training data, whose mean and deviation scale them."
         )
+        if kind.name == "series":
+            limits.append(
+                "Its predictions are scaled in the same way: times the deviation, plus the mean, gives the unit back."
+            )
     theta = config["theta"]
     forgets = config["num_hidden_layers"] == 1 and config["pooling"] == "last" and config["hidden_cell"] in (None, "dense")
-    if isinstance(theta, int | float) and kind != "image" and forgets:
+    if kind.name == "language":
+        limits.append("It writes what is likely after the text so far; nothing makes that true.")
+    if isinstance(theta, int | float) and kind.name != "image" and forgets:
         limits.append(f"The memory looks back {theta:g} steps; what lies further in the past fades.")
-    return limits or [
-        "Nothing is known here of how it was trained or how well it does; ask its author before you rely on it."
-    ]
+    if not result:
+        limits.append(
+            "Nothing is known here of how it was trained or how well it does; ask its author before you rely on it."
+        )
+    return limits or ["How it does on other data than that of its training is not known."]
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -10,86 +10,117 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .description import Kind
 from .errors import InputError
 
 _COMMIT = "0" * 40  # of the files that are about to become one
 
 
 def usage_example(
-    config: dict[str, Any], processor: dict[str, Any], repo_id: str, revision: str | None = None, image: str | None = None
+    config: dict[str, Any],
+    processor: dict[str, Any],
+    kind: Kind,
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    image: str | None = None,
+    tokenizer: bool = False,
 ) -> str:
     """The code that shows how to use a model.
 
     Args:
         config: content of ``config.json``.
         processor: content of ``preprocessor_config.json``, or nothing.
+        kind: what the model is for.
         repo_id: ``user/name``.
         revision: branch to load; None for the main one.
         image: name of a file in the repository that holds an example image.
+        tokenizer: whether there is one beside the model.
     """
     where = "model_id" if revision is None else "model_id, revision=revision"
-    head = [f'model_id = "{repo_id}"'] + ([] if revision is None else [f'revision = "{revision}"'])
     trusted = f"({where}, trust_remote_code=True)"
-    classifier = config.get("architectures") == ["LMUForSequenceClassification"]
-    if not classifier or not ({"image_processor_type", "feature_extractor_type"} & set(processor)):
-        auto = next((name for name in config.get("auto_map", {}) if name not in ("AutoConfig", "AutoModel")), "AutoModel")
-        return "\n".join(
-            [
-                f"from transformers import {auto}",
-                "",
-                *head,
-                f"model = {auto}.from_pretrained{trusted}",
-                'print(f"{type(model).__name__}, {model.num_parameters():,} parameters")',
-            ]
-        )
-    if "image_processor_type" in processor:
-        kind, auto, imports = "AutoImageProcessor", "AutoModelForImageClassification", ["from PIL import Image"]
-        size, mode = (processor["size"]["width"], processor["size"]["height"]), processor["image_mode"]
+    imports, autos, inputs = [], [kind.auto], "input_values=signal"
+    if kind.name == "image":
+        imports, autos = ["from PIL import Image"], ["AutoImageProcessor", kind.auto]
+        inputs = '**processor(image, return_tensors="pt")'
         if image is None:
+            size, mode = (processor["size"]["width"], processor["size"]["height"]), processor["image_mode"]
             sample = [f'image = Image.new("{mode}", {size})  # a black one: put yours in its place']
         else:
             imports.insert(0, "from huggingface_hub import hf_hub_download")
-            sample = [
-                f"image = Image.open(hf_hub_download({where.replace('model_id', f'model_id, {image!r}', 1)}))".replace(
-                    "'", '"'
-                )
-            ]
-        inputs = 'processor(image, return_tensors="pt")'
+            file = where.replace("model_id", f'model_id, "{image}"', 1)
+            sample = [f"image = Image.open(hf_hub_download({file}))"]
+    elif config.get("vocab_size") and tokenizer:
+        autos = ["AutoTokenizer", kind.auto]
+        sample = ['text = "The weather today is"  # put yours in its place']
+        inputs = '**tokenizer(text, return_tensors="pt")'
+    elif config.get("vocab_size"):
+        count = min(8, config["vocab_size"])
+        sample = [f"tokens = torch.arange({count})[None]  # (batch, time), made up: put yours in their place"]
+        inputs = "input_ids=tokens"
+    elif "feature_extractor_type" in processor:
+        autos = ["AutoFeatureExtractor", kind.auto]
+        sample = [_wave("np", processor["feature_size"])]
+        inputs = '**processor([signal], return_tensors="pt")'
     else:
-        kind, auto, imports = "AutoFeatureExtractor", "AutoModelForSequenceClassification", []
-        channels = processor["feature_size"]
-        wave = (
-            "np.sin(np.arange(100) / 5)" if channels == 1 else f"np.sin(np.arange(100)[:, None] / 5 + np.arange({channels}))"
-        )
-        shape = "(time,)" if channels == 1 else f"(time, {channels})"
-        sample = [f"signal = {wave}  # {shape}, made up: put yours in its place"]
-        inputs = 'processor([signal], return_tensors="pt")'
-    if config.get("problem_type") == "regression":
-        call, shown = f"values = model(**{inputs}).logits[0]", ["print(values.tolist())"]
-    else:
-        function = "sigmoid()" if config.get("problem_type") == "multi_label_classification" else "softmax(-1)"
-        call = f"probabilities = model(**{inputs}).logits.{function}[0]"
-        shown = [
-            "for index in probabilities.argsort(descending=True)[:3].tolist():",
-            '    print(f"{model.config.id2label[index]}: {probabilities[index]:.3f}")',
-        ]
+        sample = [_wave("torch", config["input_size"])]
+    loaders = {"AutoTokenizer": "tokenizer", "AutoImageProcessor": "processor", "AutoFeatureExtractor": "processor"}
+    load = [f"{loaders.get(auto, 'model')} = {auto}.from_pretrained{trusted}" for auto in autos]
     return "\n".join(
         [
-            *(["import numpy as np"] if not imports else []),
+            *(["import numpy as np"] if "np." in sample[0] else []),
             "import torch",
             *imports,
-            f"from transformers import {kind}, {auto}",
+            f"from transformers import {', '.join(sorted(autos))}",
             "",
-            *head,
-            f"processor = {kind}.from_pretrained{trusted}",
-            f"model = {auto}.from_pretrained{trusted}",
+            f'model_id = "{repo_id}"',
+            *([] if revision is None else [f'revision = "{revision}"']),
+            *load,
             "",
             *sample,
             "with torch.inference_mode():",
-            f"    {call}",
-            *shown,
+            *_use(config, kind, inputs, "text" if tokenizer else "tokens"),
         ]
     )
+
+
+def _wave(library: str, channels: int) -> str:
+    """A line that makes a signal: (time, channels) for a processor, (1, time, channels) for a model."""
+    if channels == 1:
+        shape, axes = ("(time,)", "") if library == "np" else ("(1, time, 1)", "[None, :, None]")
+        wave = f"{library}.sin({library}.arange(100) / 5)"
+    else:
+        shape, axes = (f"(time, {channels})", "") if library == "np" else (f"(1, time, {channels})", "[None]")
+        wave = f"{library}.sin({library}.arange(100)[:, None] / 5 + {library}.arange({channels}))"
+    return f"signal = {wave}{axes}  # {shape}, made up: put yours in its place"
+
+
+def _use(config: dict[str, Any], kind: Kind, inputs: str, given: str) -> list[str]:
+    """The lines that compute, inside a block, and those that show what came out."""
+    if kind.name == "language":
+        out = f"    output = model.generate({inputs}, max_new_tokens=20, do_sample=False)[0]"
+        return [out, "print(tokenizer.decode(output))" if given == "text" else "print(output.tolist())"]
+    if kind.name == "features":
+        return [f"    outputs = model({inputs})", "print(outputs.last_hidden_state.shape, outputs.pooler_output.shape)"]
+    if kind.name == "series":
+        target = config.get("target_size") or config["input_size"]
+        if inputs == "input_values=signal" and target == config["input_size"] and config["return_sequences"]:
+            return ["    values = model.forecast(signal, steps=5)[0]  # the next five", "print(values.numpy().round(3))"]
+        last = "[0, -1]" if config["return_sequences"] else "[0]"
+        return [f"    values = model({inputs}).predictions{last}", "print(values.numpy().round(3))"]
+    if kind.name == "steps":
+        return [
+            f"    labels = model({inputs}).logits[0].argmax(-1)[-8:]  # of the last eight",
+            "print([model.config.id2label[index] for index in labels.tolist()])",
+        ]
+    if config.get("problem_type") == "regression":
+        return [f"    values = model({inputs}).logits[0]", "print(values.numpy().round(3))"]
+    function = "sigmoid()" if config.get("problem_type") == "multi_label_classification" else "softmax(-1)"
+    return [
+        f"    probabilities = model({inputs}).logits.{function}[0]",
+        "for index in probabilities.argsort(descending=True)[:3].tolist():",
+        '    print(f"{model.config.id2label[index]}: {probabilities[index]:.3f}")',
+    ]
 
 
 def run_example(code: str, files: dict[str, Path], repo_id: str, revision: str | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .card import CARD, EXAMPLE, RESULT_FILE, read_mapping, write_card
+from .card import CARD, EXAMPLE, RESULT_FILE, is_draft, read_mapping, write_card
 from .errors import HubError, InputError, first_line
 from .plots import CONFUSION_MATRIX, LEARNING_CURVE
+
+logger = logging.getLogger(__name__)
 
 # Everything that is a model, beside the code that `auto_map` names, and nothing else: no optimizer state, no training_args.bin,
 # no logs, nobody's notes.
@@ -126,6 +129,32 @@ def push(
         )
     url = commit.pr_url if create_pr and commit.pr_url else f"{api.endpoint}/{repo_id}"
     return Published(url + (f"/tree/{revision}" if revision and not create_pr else ""), sent, left_out)
+
+
+def replace_draft(folder: str | Path, repo_id: str, revision: str | None = None) -> None:
+    """Puts a card of ours in the place of the draft that ``model.push_to_hub`` of transformers is about to upload.
+
+    A card that somebody wrote stays as it is, and so does the draft where a card cannot be written; a warning says why.
+
+    Args:
+        folder: what is about to be uploaded.
+        repo_id: ``user/name``.
+        revision: branch that it goes to; None for the main one.
+    """
+    from huggingface_hub import ModelCard
+
+    path = Path(folder) / CARD
+    draft = path.read_text(encoding="utf-8")
+    if not is_draft(draft):
+        return
+    tags = list(ModelCard(draft, ignore_metadata_errors=True).data.get("tags") or ())
+    try:
+        files, _ = collect(Path(folder))
+        card = write_card(files, repo_id, result={"tags": tags} if tags else None, revision=revision)
+    except InputError as error:
+        logger.warning("the card stays the draft of transformers: %s", error)
+        return
+    path.write_text(card, encoding="utf-8")
 
 
 def collect(model_dir: Path) -> tuple[dict[str, Path], list[str]]:

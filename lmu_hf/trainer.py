@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -46,6 +47,9 @@ class LMUTrainer(Trainer):
     arguments with local paths and, if it was given as one, ``hub_token`` in clear. It also replaces the card by a draft. Here
     the pickle is not kept, only what :data:`lmu_hf.hub.PUBLISHED` lists is sent, and the card is made from the run.
 
+    In time series it counts the values that are known. transformers' own Trainer divides the loss by the number of all, NaN
+    and padding included, and so reports too little.
+
     Raises:
         ValueError: ``hub_strategy`` asks to publish whole checkpoints, which hold the state of the optimizer.
     """
@@ -59,6 +63,13 @@ class LMUTrainer(Trainer):
                 "state of the optimizer"
             )
         super().__init__(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "forecast"):
+            # transformers counts every number that is not -100, also those that are not known, or padded.
+            batch_samples = [_known(batch, every=model.config.return_sequences) for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -167,3 +178,14 @@ class LMUTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             Path(str(output_dir or self.args.output_dir), TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+
+def _known(batch: Any, every: bool) -> Any:
+    """A batch of time series for counting its labels, with -100 at those that do not count; ``every``: one per step."""
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor):
+        return batch
+    known, mask = ~labels.isnan(), batch.get("attention_mask")
+    if every and mask is not None:
+        known = known & mask.bool().view(*mask.shape, *[1] * (labels.ndim - 2))
+    return {**batch, "labels": torch.where(known, 0, -100)}

@@ -20,6 +20,7 @@ import lmu_hf
 from lmu_hf import LMUConfig, LMUFeatureExtractor, LMUForCausalLM, LMUForSequenceClassification, LMUModel
 from lmu_hf.card import BEGIN, END
 from lmu_hf.cli import app
+from lmu_hf.errors import InputError
 
 
 def push(*arguments):
@@ -422,12 +423,13 @@ def test_what_a_person_wrote_survives(hub, model, quick):
 
 @pytest.mark.usefixtures("python_loop")  # which is all that travels
 def test_model_push_to_hub(hub, quick, tmp_path):
-    """transformers' own way; its draft of a card gives way to ours at the next push."""
+    """transformers' own way, with a card of ours in place of its draft; one that somebody wrote is left to them."""
     code = """
 import torch
 from lmu_hf import LMUConfig, LMUFeatureExtractor, LMUForSequenceClassification
 model = LMUForSequenceClassification(LMUConfig(order=8, theta=20, hidden_size=4, num_labels=2))
-model.push_to_hub("plain")
+LMUFeatureExtractor().push_to_hub("plain")
+model.push_to_hub("plain", tags=["mine"])
 LMUFeatureExtractor().push_to_hub("plain")
 model.save_pretrained(folder)
 LMUFeatureExtractor().save_pretrained(folder)
@@ -438,6 +440,26 @@ LMUFeatureExtractor().save_pretrained(folder)
     loads = [("AutoModelForSequenceClassification", "AutoFeatureExtractor", "ada/plain", None)]
     printed = run_python(LOGITS, hub.client(None, tmp_path / "fresh"), hidden=True, loads=loads)
     assert printed.split() == [digest(tmp_path / "model")]
-    assert b"More Information Needed" in remote["README.md"]
-    assert push(tmp_path / "model", "plain").exit_code == 0
-    assert b"More Information Needed" not in hub.files("ada/plain")["README.md"]
+    card = remote["README.md"].decode()
+    assert "More Information Needed" not in card
+    assert BEGIN in card
+    assert "- mine\n" in card
+    assert "LABEL_0: 0." in card  # the example was run
+    HfApi().upload_file(
+        path_or_fileobj=b"---\nlicense: mit\n---\n# By hand\n", path_in_repo="README.md", repo_id="ada/plain"
+    )
+    LMUForSequenceClassification.from_pretrained(tmp_path / "model").push_to_hub("ada/plain")
+    kept = hub.files("ada/plain")["README.md"].decode()
+    assert "# By hand" in kept
+    assert BEGIN not in kept
+
+
+def test_a_card_that_cannot_be_written_stops_no_push(hub, monkeypatch, caplog):
+    monkeypatch.setattr("lmu_hf.hub.write_card", refuse)
+    LMUModel(LMUConfig(order=4, theta=20, hidden_size=4)).push_to_hub("bare")
+    assert "the card stays the draft of transformers: no example" in caplog.text
+    assert "model.safetensors" in hub.files("ada/bare")
+
+
+def refuse(*arguments, **options):
+    raise InputError("no example")

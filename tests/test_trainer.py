@@ -9,7 +9,7 @@ from hub_server import ADA
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainingArguments
 
-from lmu_hf import LMUConfig, LMUFeatureExtractor, LMUForSequenceClassification
+from lmu_hf import LMUConfig, LMUFeatureExtractor, LMUForSequenceClassification, LMUForTimeSeriesPrediction
 from lmu_hf.errors import HubError
 from lmu_hf.trainer import LMUTrainer
 
@@ -130,3 +130,34 @@ def test_plain_trainer(hub, make, tmp_path):
     assert not any(ADA.encode() in content for content in everything(hub.repos["ada/plain"]).values())
     assert {"model.safetensors", "modeling_lmu.py", "preprocessor_config.json"} <= set(hub.files("ada/plain"))
     assert LMUForSequenceClassification.from_pretrained("ada/plain", cache_dir=tmp_path / "cache").config.order == 4
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_losses_of_time_series_are_means_over_what_is_known(steps, tmp_path):
+    """Accumulated or not, in training and evaluation: the loss of one large batch, whatever is missing in which part."""
+    torch.manual_seed(0)
+    model = LMUForTimeSeriesPrediction(LMUConfig(order=4, theta=20, hidden_size=4, kernel_regularizer="l2"))
+    series, mask = torch.randn(8, 12, 1), torch.arange(12) < torch.tensor([12, 3, 7, 12, 5, 2, 9, 4])[:, None]
+    labels = model.targets(series, mask)
+    labels[3, 4:] = torch.nan
+    # Padding is left out even where it has labels.
+    labels = torch.where(mask[..., None], labels, torch.full_like(labels, 7.0))
+    batch = {"input_values": series, "attention_mask": mask.long(), "labels": labels}
+    expected = model(**batch).loss
+    rows = [{name: value[index] for name, value in batch.items()} for index in range(8)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=8 // steps,
+        per_device_eval_batch_size=8,
+        gradient_accumulation_steps=steps,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = LMUTrainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-6)
+    trainer.train()
+    (loss,) = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert loss == pytest.approx(expected.item(), rel=1e-5)

@@ -5,11 +5,12 @@ for the state: beams reorder it, rows are selected and repeated, it moves betwee
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
 
 from .ragged import where_started
@@ -216,9 +217,12 @@ class LMUCache(Cache):
         """
         if "seen" not in tensors:
             raise ValueError(f"tensors: expected the state_dict of an LMUCache, found the names {sorted(tensors)[:5]}")
-        layers = len(tensors["seen"])
+        return cls._of(len(tensors["seen"]), {**tensors, "seen": tensors["seen"].to("cpu")})
+
+    @classmethod
+    def _of(cls, layers: int, tensors: Mapping[str, Tensor]) -> "LMUCache":
         cache = cls(layers)
-        cache._seen = tensors["seen"].to("cpu")
+        cache._seen = tensors["seen"]
         cache.output, cache.pooled, cache.count = (tensors.get(name) for name in ("output", "pooled", "count"))
         for index in range(layers):
             parts = [name for name in tensors if name.startswith(f"layers.{index}.")]
@@ -232,6 +236,31 @@ class LMUCache(Cache):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, change(value))
+
+
+def _flatten(cache: LMUCache) -> tuple[list[Tensor], list]:
+    tensors = cache.state_dict()
+    return list(tensors.values()), [len(cache), list(tensors)]
+
+
+def _flatten_with_keys(cache: LMUCache) -> tuple[list, list]:
+    tensors, context = _flatten(cache)
+    return [(pytree.MappingKey(name), tensor) for name, tensor in zip(context[1], tensors, strict=True)], context
+
+
+def _unflatten(tensors: Iterable[Tensor], context: list) -> LMUCache:
+    layers, names = context
+    return LMUCache._of(layers, dict(zip(names, tensors, strict=True)))
+
+
+# So that exported programs take and give caches.
+pytree.register_pytree_node(
+    LMUCache,
+    _flatten,
+    _unflatten,
+    serialized_type_name=f"{LMUCache.__module__}.{LMUCache.__name__}",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
 
 
 def valid_steps(attention_mask: Tensor | None, batch: int, steps: int, cache: LMUCache | None = None) -> Tensor | None:
@@ -249,12 +278,14 @@ def valid_steps(attention_mask: Tensor | None, batch: int, steps: int, cache: LM
     """
     if attention_mask is None:
         return None
-    expected = [(batch, steps)] if cache is None else [(batch, steps), (batch, cache.seen + steps)]
-    if attention_mask.shape not in expected:
-        or_all = f" or, with the steps before, {expected[1]}" if cache is not None else ""
-        raise ValueError(
-            f"attention_mask: expected (batch, time)={expected[0]}{or_all}, found {tuple(attention_mask.shape)}"
-        )
+    if attention_mask.shape != (batch, steps):
+        # Asked for only here: in an exported step the number of steps seen is not known.
+        whole = None if cache is None else (batch, cache.seen + steps)
+        if attention_mask.shape != whole:
+            or_all = f" or, with the steps before, {whole}" if whole is not None else ""
+            raise ValueError(
+                f"attention_mask: expected (batch, time)={(batch, steps)}{or_all}, found {tuple(attention_mask.shape)}"
+            )
     mask = attention_mask[:, -steps:].to(torch.bool)
     # Most batches of equal lengths come with a mask of ones; looking is cheaper than moving every row onto itself.
     return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
@@ -263,4 +294,6 @@ def valid_steps(attention_mask: Tensor | None, batch: int, steps: int, cache: LM
 def own_mask(attention_mask: Tensor | None, cache: LMUCache | None, *inputs: Tensor | None) -> Tensor | None:
     """:func:`valid_steps` of the first of the inputs that is given; None for the model to say what is wrong with them."""
     given = next((value for value in inputs if value is not None and value.ndim > 1), None)
+    if cache is not None and not hasattr(cache, "advance"):
+        return None  # the model refuses another kind of cache, whatever the mask
     return None if given is None else valid_steps(attention_mask, given.shape[0], given.shape[1], cache)

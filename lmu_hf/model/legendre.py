@@ -87,7 +87,8 @@ def _for_good(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return function(*args)
-        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        # No torch.no_grad(): nothing here asks for a gradient, and an export would keep it as a node that cannot be saved.
+        with _disable_current_modes(), torch.inference_mode(False):
             return function(*args)
 
     return wrapper

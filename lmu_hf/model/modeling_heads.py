@@ -267,7 +267,7 @@ class LMUForCausalLM(LMUPreTrainedModel, GenerationMixin):
         # Not among the arguments, because the Trainer waits for every one that is named like a label.
         shift_labels = kwargs.pop("shift_labels", None)
         mask = own_mask(attention_mask, past_key_values, input_ids, inputs_embeds)
-        before = None if past_key_values is None else past_key_values.output
+        before = getattr(past_key_values, "output", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,6 +1,7 @@
 """The LMU model in the conventions of transformers; its heads are in ``modeling_heads`` and ``modeling_series``."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +145,9 @@ class LMUPreTrainedModel(PreTrainedModel):
     # The Auto classes of a head, beside AutoConfig and AutoModel: what its checkpoints can be loaded with.
     _auto_classes: tuple[str, ...] = ()
 
+    # Writes the card of a folder that is about to be uploaded as a repository, to a branch or None; the package lmu_hf offers it.
+    _write_card: Callable[[str, str, str | None], None] | None = None
+
     #: Whether the head reads the pooled output rather than that of each step.
     pools = False
 
@@ -151,6 +155,15 @@ class LMUPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if config.vocab_size is None:
             self.main_input_name = "input_values"
+
+    # A memory without kernel and hidden cell has no parameters, of which transformers asks the first.
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -198,6 +211,14 @@ class LMUPreTrainedModel(PreTrainedModel):
             layer.explain(batch, steps, return_sequences=every or index < last, training=training)
             for index, layer in enumerate(layers)
         ]
+
+    def _upload_modified_files(  # type: ignore[override]  # the rest is passed on as it is
+        self, working_dir: str | os.PathLike, repo_id: str, files_timestamps: dict[str, float], **kwargs: Any
+    ) -> Any:
+        # The last step of push_to_hub: everything lies there, with a card that is all gaps where there was none yet.
+        if self._write_card is not None:
+            self._write_card(str(working_dir), repo_id, None if kwargs.get("create_pr") else kwargs.get("revision"))
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, **kwargs)
 
     def set_algorithm(self, name: str) -> None:
         """Chooses the memory algorithm of every layer by name: "auto" or one that :class:`LMU` lists. Not saved.

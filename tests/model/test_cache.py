@@ -4,8 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, FORWARD, build, cut, inputs, padding, poison
+from transformers import DynamicCache
 
-from lmu_hf import LMUCache, LMUModel
+from lmu_hf import LMUCache, LMUForCausalLM, LMUForSequenceClassification, LMUForTokenClassification, LMUModel
 
 # The same float32 sums in another order, through up to three layers.
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -213,6 +214,15 @@ def test_what_cannot_be_done_says_why(started):
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="gradient checkpointing runs every layer twice"):
         model(**then, past_key_values=cache)
+
+
+@pytest.mark.parametrize("cls", [LMUModel, LMUForSequenceClassification, LMUForTokenClassification, LMUForCausalLM])
+def test_another_kind_of_cache_is_refused(cls):
+    model = build(cls, "tokens")
+    batch = inputs(model)
+    for mask in ({}, {"attention_mask": torch.ones(4, 15)}):
+        with pytest.raises(ValueError, match="past_key_values: expected LMUCache.1., found DynamicCache"):
+            model(**batch, **mask, past_key_values=DynamicCache())
 
 
 def test_every_configuration_is_covered():

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny import CONFIGS, config, inputs
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from lmu_hf import LMUConfig, LMUForSequenceClassification, LMUModel
+from lmu_hf import LMU, LMUConfig, LMUForSequenceClassification, LMUModel
 
 
 def build(name, **kwargs):
@@ -391,3 +391,17 @@ def test_unknown_keys_of_newer_files_are_kept(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "a_later_setting": 3}))
     assert LMUConfig.from_pretrained(tmp_path).a_later_setting == 3
+
+
+def test_a_model_without_parameters():
+    """The memory of the input itself: nothing to learn, and no parameter to tell dtype and device."""
+    model = LMUModel(LMUConfig(order=8, theta=20, hidden_cell=None, kernel_initializer=None))
+    assert not list(model.parameters())
+    assert (model.dtype, model.device.type) == (torch.float32, "cpu")
+    x = torch.randn(2, 9, 1)
+    found = model(input_values=x).last_hidden_state
+    layer = LMU(1, 1, 8, 20, kernel_initializer=None, return_sequences=True)
+    assert torch.equal(found, layer(x))
+    streamer = model.streamer(2)
+    torch.testing.assert_close(streamer.feed(x), found[:, -1], rtol=0, atol=1e-6)
+    assert model.regularization_loss() == 0

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from lmu_hf import LMUCache, LMUForSequenceClassification, LMUModel
+from lmu_hf import LMUCache, LMUForCausalLM, LMUForSequenceClassification, LMUModel
 from lmu_hf.model import legendre
 from lmu_hf.model.layer import LMU
 
@@ -139,6 +139,34 @@ def test_export_of_a_step_of_a_model(name):
         logits, state = exported(values[:, t], state)
         torch.testing.assert_close(logits, streamer.step(values[:, t]), rtol=0, atol=1e-6)
     assert LMUCache.from_state_dict(state).get_seq_length() == 9
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, on loading the example inputs
+@pytest.mark.parametrize("name", ["signal", "dense", "residual_last"])
+def test_exported_steps_take_and_give_the_cache(name, tmp_path):
+    """A language model as two programs, one for the prompt and one for each token, as they come back from a file."""
+    model = tiny.build(LMUForCausalLM, name)
+    tokens, mask = torch.randint(1, 11, (2, 12)), tiny.padding("left", 7, [7, 4]).long()
+    cache = model(tokens[:, :7], attention_mask=mask).past_key_values
+    programs = [
+        torch.export.export(model, (), {"input_ids": tokens[:, :7], "attention_mask": mask}),
+        torch.export.export(
+            model, (), {"input_ids": tokens[:, :1], "attention_mask": torch.ones(2, 1), "past_key_values": cache}
+        ),
+    ]
+    assert cache.seen == 7
+    for index, program in enumerate(programs):
+        torch.export.save(program, tmp_path / f"{index}.pt2")
+    prompt, step = (torch.export.load(tmp_path / f"{index}.pt2").module() for index in range(2))
+    outputs = prompt(input_ids=tokens[:, :7], attention_mask=mask)
+    for t in range(7, 12):
+        assert type(outputs.past_key_values) is LMUCache
+        outputs = step(
+            input_ids=tokens[:, t : t + 1], attention_mask=torch.ones(2, 1), past_key_values=outputs.past_key_values
+        )
+        expected = model(tokens[:, t : t + 1], past_key_values=cache)
+        torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=1e-6)
+    assert outputs.past_key_values.seen == 12
 
 
 def test_compiled_steps_are_not_compiled_again():
