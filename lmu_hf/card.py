@@ -6,17 +6,17 @@ The generated part stands between two marks. What people write before or after i
 from __future__ import annotations
 
 import json
-import math
 import re
 from functools import partial
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
-from .description import Kind, count, kind_of, label_names, loss_name, overview, summary
+from . import account
+from .description import Kind, is_regression, kind_of, overview, score_name, summary
 from .errors import InputError
 from .example import run_example, usage_example
-from .plots import CONFUSION_MATRIX, LEARNING_CURVE
+from .plots import CONFUSION_MATRIX, LEARNING_CURVE, PREDICTIONS
 
 RESULT_FILE = "result.json"
 CARD = "README.md"
@@ -96,22 +96,23 @@ def write_card(
         summary=summary(result, config, processor, kind),
         overview=overview(result, config, processor, files),
         repo_id=repo_id,
-        predicts={"image": "images", "signal": "CSV and NPY tables, a row per step"}.get(kind.name, "") if processor else "",
+        predicts=_predicts(config, kind) if processor or tokenizer else "",
         code=code,
         output=output,
         example_label=example.get("label") if example.get("file") in files else None,
-        metrics=[loss_name(config, kind) if metric == "loss" else metric for metric in _metrics(result)],
-        scores=_score_rows(result),
-        interval=_interval(result),
+        metrics=[score_name(metric, config, kind) for metric in account.metrics_of(result)],
+        scores=account.score_rows(result),
+        interval=account.reading(result),
         confusion=CONFUSION_MATRIX if CONFUSION_MATRIX in files else None,
-        data=_data(result),
-        training=_training(result),
-        recipe=_recipe(result),
-        recipe_words=_recipe_words(result),
+        predictions=PREDICTIONS if PREDICTIONS in files else None,
+        data=account.data(result),
+        training=account.training(result),
+        recipe=account.recipe(result),
+        recipe_words=account.recipe_words(result),
         curve=LEARNING_CURVE if LEARNING_CURVE in files else None,
-        curves="loss and accuracy" if any("accuracy" in epoch for epoch in result.get("history", [])) else "loss",
+        curves=_curves(result.get("history", [])),
         versions=", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items()),
-        limits=_limits(result, config, processor, kind),
+        limits=account.limits(result, config, processor, kind),
         licence=license,
         citation=_LMU_2019
         if config.get("hidden_to_memory") or config.get("memory_to_memory")
@@ -171,7 +172,7 @@ def _metadata(result: dict[str, Any], config: dict[str, Any], kind: Kind, repo_i
     on_hub = dataset.get("id") if (dataset.get("id") or "sklearn/").partition("/")[0] != "sklearn" else None
     evaluations = [
         EvalResult(
-            task_type=kind.task,
+            task_type="tabular-regression" if kind.name == "signal" and is_regression(config) else kind.task,
             dataset_type=on_hub or dataset["name"],
             dataset_name=dataset["name"],
             dataset_split=part,
@@ -179,7 +180,7 @@ def _metadata(result: dict[str, Any], config: dict[str, Any], kind: Kind, repo_i
             metric_name=f"{part.capitalize()} {metric}",
             metric_value=value,
         )
-        for part, scores in _scores(result).items()
+        for part, scores in account.scores_of(result).items()
         for metric, value in scores.items()
         if dataset.get("name")
     ]
@@ -188,163 +189,30 @@ def _metadata(result: dict[str, Any], config: dict[str, Any], kind: Kind, repo_i
         license=license,
         pipeline_tag=kind.pipeline,
         tags=["lmu", "legendre-memory-unit", "custom_code", *result.get("tags", [])]
-        + (["time-series", "time-series-classification"] if kind.name == "signal" else []),
+        + (["time-series"] if kind.name in ("signal", "series") else [])
+        + (["time-series-classification"] if kind.name == "signal" and not is_regression(config) else []),
         base_model=result.get("base_model"),
         datasets=[on_hub] if on_hub else None,
-        metrics=[metric for metric in _metrics(result) if metric != "loss"] or None,
+        metrics=[metric for metric in account.metrics_of(result) if metric != "loss"] or None,
         model_name=repo_id.partition("/")[2] if evaluations else None,
         eval_results=evaluations or None,
     )
 
 
-_USES = {"train": "fitted the weights", "validation": "chose the epoch to keep", "test": "scored once, at the end"}
+def _predicts(config: dict[str, Any], kind: Kind) -> str:
+    """What ``lmu-hf predict`` does with files; nothing where it takes none."""
+    tables = "CSV and NPY tables, a row per step"
+    return {
+        "image": "classifies images",
+        "signal": f"{'answers for' if is_regression(config) else 'classifies'} {tables}",
+        "text": "classifies texts in .txt files",
+        "series": f"predicts from {tables}",
+    }.get(kind.name, "")
 
 
-def _scores(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return {part: scores for part, scores in result.get("scores", {}).items() if scores}
-
-
-def _metrics(result: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(metric for scores in _scores(result).values() for metric in scores))
-
-
-def _score_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    scores, rows = _scores(result), result.get("dataset", {}).get("rows", {})
-    if not scores:
-        return []
-    uses = dict(_USES) if result.get("best_epoch") else {**_USES, "validation": "watched during training"}
-    return [
-        {
-            "part": part,
-            "rows": f"{rows[part]:,}" if part in rows else "",
-            "use": uses.get(part, ""),
-            "metrics": [_shown(metric, scores.get(part, {}).get(metric)) for metric in _metrics(result)],
-        }
-        for part in dict.fromkeys([*rows, *scores])
-    ]
-
-
-def _shown(metric: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.2f} %" if metric == "accuracy" else f"{value:.4g}"
-
-
-def _interval(result: dict[str, Any]) -> str:
-    """What chance alone can do to the test accuracy: Wilson's interval of a share (1927)."""
-    share, rows = (
-        result.get("scores", {}).get("test", {}).get("accuracy"),
-        result.get("dataset", {}).get("rows", {}).get("test"),
-    )
-    if share is None or not rows:
-        return ""
-    z = 1.96
-    centre = (share + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = z / (1 + z * z / rows) * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    return (
-        f"{round(share * rows):,} of {rows:,} test rows are right; the 95 % confidence interval of the accuracy is "
-        f"{100 * (centre - half):.1f} to {100 * (centre + half):.1f} %."
-    )
-
-
-def _data(result: dict[str, Any]) -> str:
-    dataset = result.get("dataset", {})
-    if not dataset.get("name"):
-        return ""
-    identifier = dataset.get("id")
-    if identifier and identifier.partition("/")[0] != "sklearn":
-        where = f", [{identifier}](https://huggingface.co/datasets/{identifier})"
-    else:
-        where = "" if identifier else ", not published with this model"
-    words = f"{dataset['name'][:1].upper()}{dataset['name'][1:]}{where}."
-    if rows := dataset.get("rows"):
-        words += f" {sum(rows.values()):,} rows: " + ", ".join(f"{count:,} {part}" for part, count in rows.items()) + "."
-    return words + (f" Split: {dataset['split']}." if dataset.get("split") else "")
-
-
-def _training(result: dict[str, Any]) -> str:
-    if not result.get("history") and not result.get("seconds"):
-        return ""
-    sentences = []
-    history, seconds, hardware = result.get("history", []), result.get("seconds", {}), result.get("hardware", {})
-    words = f"Trained on {result['created'][:10]}" if "created" in result else "Trained"
-    if history:
-        words += f" for {history[-1]['epoch']:g} epochs"
-    if "train" in seconds:
-        words += f" in {_duration(seconds['train'])}"
-    if hardware:
-        gpus = hardware.get("gpus") or []
-        used, there = hardware["torch_threads"], hardware["cores"]
-        cores = count(there, "core") if used >= there else f"{used} of {count(there, 'core')}"
-        machine = ", ".join(gpus) if gpus else f"{cores} of a CPU ({hardware['cpu']}), no GPU"
-        words += f" on {machine}"
-    sentences.append(words)
-    if (best := result.get("best_epoch")) is not None:
-        metric = (
-            result.get("experiment", {}).get("training", {}).get("metric_for_best_model", "accuracy").removeprefix("eval_")
-        )
-        sentences.append(f"The weights of epoch {best:g} were kept, those with the best validation {metric}")
-    elif history:
-        sentences.append("The weights of the last epoch were kept")
-    if "seed" in result.get("experiment", {}):
-        sentences.append(f"Seed {result['experiment']['seed']}, for initial weights, order of the data and dropout")
-    if result.get("reloaded", {}).get("same"):
-        sentences.append("The saved model was loaded again in a new process and scored the same")
-    return ". ".join(sentences) + "."
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.{0 if seconds >= 10 else 1}f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
-
-
-def _recipe(result: dict[str, Any]) -> str:
-    import yaml
-
-    settings = result.get("experiment") or result.get("settings")
-    return yaml.safe_dump(settings, sort_keys=False, default_flow_style=False).strip() if settings else ""
-
-
-def _recipe_words(result: dict[str, Any]) -> str:
-    if not (experiment := result.get("experiment")):
-        return "Settings that differ from the defaults of `transformers.TrainingArguments`:"
-    file = f"{experiment['name']}.yaml"
-    data = " --data FILE" if experiment["task"]["name"] == "signals" else ""
-    return f"To train it again, save this as `{file}` and run `lmu-hf train {file}{data}`:"
-
-
-def _limits(result: dict[str, Any], config: dict[str, Any], processor: dict[str, Any], kind: Kind) -> list[str]:
-    limits = []
-    if result.get("dataset", {}).get("name"):
-        limits.append("It was trained and scored on one dataset; how it does on other data is not known.")
-    if "seed" in result.get("experiment", {}):
-        limits.append("The scores are those of one run; another seed gives somewhat different ones.")
-    one_label = config.get("problem_type") in (None, "single_label_classification") and len(label_names(config)) > 1
-    if kind.name in ("image", "signal", "text") and one_label:
-        limits.append("It always answers with one of its classes, also where none of them fits.")
-    if kind.name == "image" and not processor["do_resize"]:
-        size = f"{processor['size']['height']} x {processor['size']['width']}"
-        limits.append(f"Images of another size than {size} pixels are refused, not resized.")
-    if "feature_extractor_type" in processor:
-        limits.append(
-            "Signals have to come in the unit and at the sampling rate of the training data, whose mean and deviation scale them."
-        )
-        if kind.name == "series":
-            limits.append(
-                "Its predictions are scaled in the same way: times the deviation, plus the mean, gives the unit back."
-            )
-    theta = config["theta"]
-    forgets = config["num_hidden_layers"] == 1 and config["pooling"] == "last" and config["hidden_cell"] in (None, "dense")
-    if kind.name == "language":
-        limits.append("It writes what is likely after the text so far; nothing makes that true.")
-    if isinstance(theta, int | float) and kind.name != "image" and forgets:
-        limits.append(f"The memory looks back {theta:g} steps; what lies further in the past fades.")
-    if not result:
-        limits.append(
-            "Nothing is known here of how it was trained or how well it does; ask its author before you rely on it."
-        )
-    return limits or ["How it does on other data than that of its training is not known."]
+def _curves(history: list[dict[str, float]]) -> str:
+    shown = {"accuracy": "accuracy", "nrmse": "NRMSE"}
+    return " and ".join(["loss", *[name for key, name in shown.items() if any(key in epoch for epoch in history)]])
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import HubError, InputError
+from .launched import is_first, is_first_here
 
 app = typer.Typer(
     name="lmu-hf",
@@ -25,6 +26,19 @@ app = typer.Typer(
 
 ModelDir = Annotated[str, typer.Argument(metavar="MODEL_DIR", help="Folder of a trained model.")]
 Data = Annotated[str | None, typer.Option(help="Local file or folder, or id of a dataset on the Hub.")]
+Config = Annotated[
+    str | None, typer.Argument(metavar="[CONFIG.yaml]", help="The experiment; the built-in digits without one.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as model.order=64.")]
+Output = Annotated[str | None, typer.Option(help="Folder for the model; runs/NAME by default.")]
+Seed = Annotated[int | None, typer.Option(help="Seed, in place of the experiment's.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="Begin with the weights of this folder, or of this id on the Hub."),
+]
+Progress = Annotated[
+    bool | None, typer.Option(help="Show a progress bar rather than a line per epoch; by default on a terminal.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of a table.")]
 
 
@@ -39,7 +53,8 @@ def _kind(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except (InputError, HubError) as error:
-            typer.secho(f"lmu-hf: {' '.join(str(error).split())}", fg="red", err=True)
+            if is_first_here():
+                typer.secho(f"lmu-hf: {' '.join(str(error).split())}", fg="red", err=True)
             raise typer.Exit(2 if isinstance(error, InputError) else 1) from error
 
     return wrapper
@@ -72,20 +87,37 @@ def _prepare(
 @app.command()
 @_kind
 def train(
-    config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="The experiment; the built-in digits without one.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as model.order=64.")
-    ] = None,
+    config: Config = None,
+    overrides: Overrides = None,
     data: Data = None,
-    output: Annotated[str | None, typer.Option(help="Folder for the model; runs/NAME by default.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed, in place of the experiment's.")] = None,
-    progress: Annotated[
-        bool | None, typer.Option(help="Show a progress bar rather than a line per epoch; by default on a terminal.")
+    output: Output = None,
+    model: Base = None,
+    seed: Seed = None,
+    report_to: Annotated[
+        str | None, typer.Option(metavar="TRACKER", help="tensorboard, trackio, wandb, ...; several with commas.")
     ] = None,
+    progress: Progress = None,
 ) -> None:
-    """Train a model: the best epoch on the validation part is kept, scored on the test part, saved, reloaded and checked."""
+    """Train a model: the best epoch on the validation part is kept, scored on the test part, saved, reloaded and checked.
+
+    A run that was interrupted goes on where it was when its command is repeated with --output FOLDER.
+    """
+    if report_to is not None:
+        overrides = [*(overrides or []), f"training.report_to=[{report_to}]"]
+    experiment = _experiment(config, overrides, seed)
+
+    from . import training
+
+    output_dir = _output_dir(output, experiment.name, experiment)
+    if is_first():
+        typer.echo(f"{experiment.name}: training into {output_dir}")
+    progress = sys.stderr.isatty() if progress is None else progress
+    result = training.train(experiment, output_dir, data, base_model=model, progress=progress)
+    if result is not None:
+        _print_result(result, output_dir)
+
+
+def _experiment(config: str | None, overrides: list[str] | None, seed: int | None) -> Any:
     overrides = list(overrides or [])
     if config is not None and "=" in config:
         overrides.insert(0, config)
@@ -95,16 +127,53 @@ def train(
 
     from .experiment import Experiment
 
-    experiment = Experiment.read(config or str(files("lmu_hf") / "tasks" / "digits.yaml"), overrides)
+    return Experiment.read(config or str(files("lmu_hf") / "tasks" / "digits.yaml"), overrides)
 
-    from . import training
+
+def _output_dir(output: str | None, name: str, experiment: Any) -> Path:
+    from .launched import connect, of_the_first
+    from .running import free_output_dir
 
     if output is not None and not output.strip():
         raise InputError("output: expected a folder, found an empty text")
-    output_dir = Path(output) if output is not None else training.free_output_dir(experiment.name)
-    typer.echo(f"{experiment.name}: training into {output_dir}")
-    result = training.train(experiment, output_dir, data, progress=sys.stderr.isatty() if progress is None else progress)
-    _print_result(result, output_dir)
+    if output is not None:
+        return Path(output)
+    connect(experiment.training.get("use_cpu", False))
+    return of_the_first(free_output_dir(name))
+
+
+@app.command()
+@_kind
+def search(
+    config: Config = None,
+    overrides: Overrides = None,
+    data: Data = None,
+    output: Annotated[str | None, typer.Option(help="Folder for the results; runs/NAME-search by default.")] = None,
+    trials: Annotated[int, typer.Option(help="How many settings to try.")] = 20,
+    seed: Seed = None,
+) -> None:
+    """Search learning rate, weight decay, dropout, order, theta and hidden size, by the validation part alone.
+
+    Writes best.yaml, which train takes, and trials.json.
+    """
+    experiment = _experiment(config, overrides, seed)
+
+    from . import search as module
+
+    output_dir = _output_dir(output, f"{experiment.name}-search", experiment)
+    typer.echo(f"{experiment.name}: {trials} trials into {output_dir}")
+    result = module.search(experiment, output_dir, data, trials=trials)
+    from rich.table import Table
+
+    best = result["best"]
+    title = f"trial {best['trial'] + 1} is the best: {result['metric']} {best['value']:.4f} on the validation part"
+    table = Table(title=title)
+    table.add_column("setting")
+    table.add_column("value", justify="right")
+    for name, value in best["settings"].items():
+        table.add_row(name, f"{value:.4g}")
+    _console().print(table)
+    typer.echo(f"train with: lmu-hf train {output_dir / module.BEST}")
 
 
 @app.command()
@@ -116,7 +185,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a trained model on a part of its task."""
-    from .training import evaluate as run
+    from .evaluation import evaluate as run
 
     scores = run(model_dir, part, data)
     if as_json:
@@ -124,8 +193,18 @@ def evaluate(
         return
     from rich.table import Table
 
+    from .kinds import KINDS
+
+    listed = ", ".join(f"{name} {scores[name]:.4f}" for name in KINDS[scores["kind"]].metrics)
+    table = Table(title=f"{scores['task']}, {part}: {listed}")
+    if "targets" in scores:
+        for heading in ("target", *KINDS[scores["kind"]].metrics):
+            table.add_column(heading, justify="left" if heading == "target" else "right")
+        for name, metrics in scores["targets"].items():
+            table.add_row(name, *(f"{value:.4g}" for value in metrics.values()))
+        _console().print(table)
+        return
     confusion = scores["confusion"]
-    table = Table(title=f"{scores['task']}, {part}: accuracy {scores['accuracy']:.4f}, loss {scores['loss']:.4f}")
     for heading in ("label", "rows", "recall", "precision", "most often taken for"):
         table.add_column(heading, justify="left" if heading in ("label", "most often taken for") else "right")
     names = scores["labels"]
@@ -150,9 +229,9 @@ def predict(
     paths: Annotated[list[str], typer.Argument(metavar="FILE...", help="Images, or CSV or NPY tables of signals.")],
     as_json: AsJson = False,
 ) -> None:
-    """Classify files: images for models of pixels, CSV (a row per step, a column per channel) or NPY for signals."""
+    """Classify files, or predict from them: images for models of pixels, CSV (a row per step) or NPY for signals."""
+    from .evaluation import load_model
     from .predict import predict as run
-    from .training import load_model
 
     results = run(*load_model(model_dir), paths)
     if as_json:
@@ -161,6 +240,16 @@ def predict(
     from rich.table import Table
 
     table = Table()
+    if "predictions" in results[0]:
+        for heading in ("file", "target", "steps", "at the last step"):
+            table.add_column(heading, justify="left" if heading in ("file", "target") else "right")
+        for result in results:
+            for name, values in result["predictions"].items():
+                last = values[-1] if isinstance(values, list) else values
+                shown = ", ".join(f"{value:.6g}" for value in (last if isinstance(last, list) else [last]))
+                table.add_row(result["file"], name, str(len(values)) if isinstance(values, list) else "1", shown)
+        _console().print(table)
+        return
     if "values" in results[0]:
         for heading in ("file", *results[0]["values"]):
             table.add_column(heading, justify="left" if heading == "file" else "right")
@@ -254,11 +343,12 @@ def _print_result(result: dict[str, Any], output_dir: Path) -> None:
     from rich.table import Table
 
     table = Table(title=f"{result['name']}, seed {result['experiment']['seed']}", show_header=True)
-    for heading in ("part", "rows", "accuracy", "loss"):
+    metrics = list(result["scores"]["test"])
+    for heading in ("part", "rows", *metrics):
         table.add_column(heading, justify="left" if heading == "part" else "right")
     for part, scores in result["scores"].items():
-        rows = result["dataset"]["rows"][part]
-        table.add_row(part, f"{rows:,}", f"{scores['accuracy']:.4f}", f"{scores['loss']:.4f}")
+        rows = result["dataset"]["rows"].get(part)
+        table.add_row(part, "" if rows is None else f"{rows:,}", *(f"{scores[name]:.4f}" for name in metrics))
     _console().print(table)
     best = result["best_epoch"]
     kept = "last epoch" if best is None else f"best epoch {best:g}"

@@ -55,27 +55,43 @@ def label_names(config: dict[str, Any]) -> list[str]:
     return [str(names[key]) for key in sorted(names, key=int)]
 
 
+def is_regression(config: dict[str, Any]) -> bool:
+    """Whether a model of whole sequences computes values rather than sorting into classes."""
+    return config.get("problem_type") == "regression"
+
+
+def score_name(metric: str, config: dict[str, Any], kind: Kind) -> str:
+    """The name of a score, with its unit where it has one."""
+    return loss_name(config, kind) if metric == "loss" else {"nrmse": "NRMSE", "mse": "MSE"}.get(metric, metric)
+
+
 def loss_name(config: dict[str, Any], kind: Kind) -> str:
     """What the loss of a model is, with its unit where it has one."""
     if kind.name == "features":
         return "loss"
     if kind.name == "series":
         return "loss (Huber)" if config.get("prediction_loss") == "huber" else "loss (mean squared error)"
-    if kind.name in ("image", "signal", "text") and config.get("problem_type") == "regression":
+    if kind.name in ("image", "signal", "text") and is_regression(config):
         return "loss (mean squared error)"
     return "loss (cross-entropy, nats)"
 
 
 def summary(result: dict[str, Any], config: dict[str, Any], processor: dict[str, Any], kind: Kind) -> str:
     """What the model does and how, in a paragraph."""
-    base = result.get("base_model")
-    tuned = f" It is a fine-tuned [{base}](https://huggingface.co/{base})." if base else ""
     series = "pixels" if kind.name == "image" else "text" if config.get("vocab_size") else "series"
     return (
         f"This model {_does(config, processor, kind)}. It goes through the {series} step by step and keeps what it has read in a "
         "Legendre Memory Unit (LMU): a sliding window of the past, held as coefficients of Legendre polynomials, updated by one "
-        f"fixed matrix.{tuned}"
+        f"fixed matrix.{_tuned(result)}"
     )
+
+
+def _tuned(result: dict[str, Any]) -> str:
+    base, source = result.get("base_model"), result.get("fine_tuned_from", {})
+    head = {"new": ", with a new head", "taken over": ", with its head"}.get(source.get("head", ""), "")
+    if base:
+        return f" It is a fine-tuned [{base}](https://huggingface.co/{base}){head}."
+    return f" It is fine-tuned from the checkpoint {source['name']}{head}, which is not published with it." if source else ""
 
 
 def _does(config: dict[str, Any], processor: dict[str, Any], kind: Kind) -> str:
@@ -85,6 +101,9 @@ def _does(config: dict[str, Any], processor: dict[str, Any], kind: Kind) -> str:
         thing = "a text" if config.get("vocab_size") else "a time series"
     if kind.name == "language":
         return "predicts the next token of a text, and so writes on"
+    if kind.name == "series" and config.get("target_size") is not None:
+        when = "at every step" if config["return_sequences"] else "at its end"
+        return f"reads {thing} and computes {count(config['target_size'], 'value')} {when}"
     if kind.name == "series":
         return f"predicts {_ahead(config)} of {thing}"
     if kind.name == "features":
@@ -94,7 +113,7 @@ def _does(config: dict[str, Any], processor: dict[str, Any], kind: Kind) -> str:
     if kind.name == "steps":
         each = "token" if config.get("vocab_size") else "step"
         return f"gives each {each} of {thing} one of {len(labels)} labels {listed}"
-    if config.get("problem_type") == "regression":
+    if is_regression(config):
         return f"computes {count(len(labels), 'value')} from {thing}"
     if config.get("problem_type") == "multi_label_classification":
         return f"tells which of {len(labels)} labels {listed} fit {thing}"
@@ -144,7 +163,7 @@ def overview(
     else:
         hidden = f"`{json.dumps(cell)}`"
     rows.append(("Hidden cell", hidden))
-    total, trainable = parameters(result, files)
+    total, trainable = _parameters(result, files)
     rows.append(("Parameters", f"{total:,}" + ("" if trainable == total else f", {trainable:,} of them trained")))
     return rows
 
@@ -154,7 +173,7 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def parameters(result: dict[str, Any], files: dict[str, Path]) -> tuple[int, int]:
+def _parameters(result: dict[str, Any], files: dict[str, Path]) -> tuple[int, int]:
     if "parameters" in result:
         return result["parameters"]["total"], result["parameters"]["trainable"]
     from safetensors import safe_open

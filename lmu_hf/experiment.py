@@ -24,6 +24,7 @@ _RESERVED = (
     "resume_from_checkpoint",
     "hub_token",
     "push_to_hub_token",
+    "batch_eval_metrics",
 )
 _PUBLISHING = ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
 
@@ -40,7 +41,6 @@ _NUMBERS = {
     "label_smoothing_factor": (False, 0),
     "dataloader_num_workers": (True, 0),
 }
-_METRICS = ("accuracy", "loss", "eval_accuracy", "eval_loss")
 
 
 @dataclass
@@ -50,7 +50,8 @@ class Experiment:
     Attributes:
         name: of the experiment; also of its default output folder.
         task: ``{"name": ..., **options}`` of the task.
-        model: fields of ``LMUConfig``; input size and labels come from the task.
+        model: fields of ``LMUConfig``; input size and labels come from the task. With ``model_type: recurrent`` those of
+            ``lmu_hf.baselines.RecurrentConfig``.
         training: fields of ``transformers.TrainingArguments``.
         seed: of initialisation, data order and dropout.
     """
@@ -109,9 +110,13 @@ class Experiment:
     def _check_sections(self) -> None:
         from transformers import TrainingArguments
 
-        from .model.configuration_lmu import LMUConfig
+        from .baselines import CONFIGS
+        from .kinds import METRICS
 
-        _check_keys("model", self.model, list(LMUConfig.__annotations__))
+        model_type = self.model.get("model_type", "lmu")
+        if model_type not in CONFIGS:
+            raise InputError(f"model.model_type: expected one of {list(CONFIGS)}, found {model_type!r}")
+        _check_keys("model", self.model, ["model_type", *CONFIGS[model_type].__annotations__])
         known = [f.name for f in fields(TrainingArguments) if f.init]
         _check_keys("training", self.training, known)
         for name in _RESERVED:
@@ -120,12 +125,19 @@ class Experiment:
         for name in _PUBLISHING:
             if name in self.training:
                 raise InputError(f"training.{name}: a run does not publish; use `lmu-hf push MODEL_DIR REPO_ID` after it")
+        if self.training.get("dataloader_drop_last"):
+            raise InputError(
+                "training.dataloader_drop_last: would leave rows of the validation part out as well; leave it out"
+            )
         for name, value in self.training.items():
             # YAML reads 1e-3 as a word: its numbers want a dot.
             if isinstance(value, str):
                 with suppress(ValueError):
                     self.training[name] = float(value)
         _check_training(self.training)
+        metric = self.training.get("metric_for_best_model", "loss")
+        if str(metric).removeprefix("eval_") not in METRICS:
+            raise InputError(f"training.metric_for_best_model: expected one of {list(METRICS)}, found {metric!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """The experiment as plain data, for the record."""
@@ -139,9 +151,6 @@ def _check_training(settings: dict[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, kind) or not smallest <= value < math.inf:
             bound = "> 0" if 0 < smallest < 1 else f">= {smallest}"
             raise InputError(f"training.{name}: expected a {'whole ' if whole else ''}number {bound}, found {value!r}")
-    metric = settings.get("metric_for_best_model", "accuracy")
-    if metric not in _METRICS:
-        raise InputError(f"training.metric_for_best_model: expected one of {list(_METRICS)}, found {metric!r}")
 
 
 def _keys() -> list[str]:

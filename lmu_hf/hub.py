@@ -15,7 +15,7 @@ from typing import Any
 
 from .card import CARD, EXAMPLE, RESULT_FILE, is_draft, read_mapping, write_card
 from .errors import HubError, InputError, first_line
-from .plots import CONFUSION_MATRIX, LEARNING_CURVE
+from .plots import CONFUSION_MATRIX, LEARNING_CURVE, PREDICTIONS
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ PUBLISHED = (
     RESULT_FILE,
     LEARNING_CURVE,
     CONFUSION_MATRIX,
+    PREDICTIONS,
     EXAMPLE,
 )
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")

@@ -1,4 +1,4 @@
-"""Pictures of a run, made from its record: learning curve and confusion matrix. Needs matplotlib.
+"""Pictures of a run, made from its record: learning curve, confusion matrix, predicted beside true values. Needs matplotlib.
 
 Colours are those of Okabe and Ito (2008), told apart with any colour vision; lines differ in style too, and the shades of the
 matrix in lightness.
@@ -15,21 +15,27 @@ if TYPE_CHECKING:
 
 LEARNING_CURVE = "learning_curve.png"
 CONFUSION_MATRIX = "confusion_matrix.png"
+PREDICTIONS = "predictions.png"
 MAX_CLASSES = 30  # of a confusion matrix that can still be read
 
+_MAX_TARGETS = 4  # that are drawn of many
+
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#595959"
+# Scores that are shares: shown in percent, under these names.
+_SHARES = {"accuracy": "validation accuracy (%)", "nrmse": "validation NRMSE (%)"}
 
 
 def learning_curve(history: Sequence[dict[str, float]], path: str | Path, best_epoch: float | None = None) -> None:
-    """Draws loss and, where there is one, accuracy over the epochs.
+    """Draws loss and, where there is one, accuracy or NRMSE over the epochs.
 
     Args:
-        history: per epoch ``epoch`` and any of ``train_loss``, ``loss`` (validation), ``accuracy`` (validation, 0..1).
+        history: per epoch ``epoch`` and any of ``train_loss``, ``loss`` (validation), ``accuracy`` or ``nrmse`` (validation, as
+            a share).
         path: file to write; its ending says the format.
         best_epoch: epoch whose weights were kept, marked by a line.
     """
-    accuracy = _curve(history, "accuracy")
-    figure, axes = _figure(7.5 if accuracy else 4.5, 3.0, columns=2 if accuracy else 1)
+    share = next((name for name in _SHARES if _curve(history, name)), None)
+    figure, axes = _figure(7.5 if share else 4.5, 3.0, columns=2 if share else 1)
     loss = axes[0]
     for name, label, colour, style in (
         ("train_loss", "training", _ORANGE, "--"),
@@ -41,12 +47,14 @@ def learning_curve(history: Sequence[dict[str, float]], path: str | Path, best_e
     if min(values) > 0 and max(values) / min(values) > 20:
         loss.set_yscale("log")
     # Accuracy is of classes, and their loss is a cross-entropy; of any other loss the unit is not known here.
-    loss.set_ylabel("cross-entropy (nats)" if accuracy else "loss")
-    if accuracy:
-        epochs, shares = accuracy
-        percent = [100 * share for share in shares]
-        axes[1].plot(epochs, percent, color=_BLUE, linewidth=1.6, label="validation", **_marker(accuracy))
-        axes[1].set_ylabel("validation accuracy (%)")
+    loss.set_ylabel("cross-entropy (nats)" if share == "accuracy" else "loss")
+    if share is not None and (curve := _curve(history, share)):
+        epochs, shares = curve
+        percent = [100 * value for value in shares]
+        axes[1].plot(epochs, percent, color=_BLUE, linewidth=1.6, label="validation", **_marker(curve))
+        axes[1].set_ylabel(_SHARES[share])
+        if share == "nrmse" and min(percent) > 0 and max(percent) / min(percent) > 20:
+            axes[1].set_yscale("log")
     for axis in axes:
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -86,6 +94,80 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], labels: Sequence[str], 
     _save(figure, path)
 
 
+def predictions(record: dict[str, Any], path: str | Path, unit: str | None = None) -> None:
+    """Draws predicted and true values: over time, or one against the other where there is one per row.
+
+    Args:
+        record: ``of`` ("steps" or "rows"), ``labels``, ``true`` and ``predicted`` (steps or rows, targets), None where a value
+            is not known; of steps also ``first`` and ``every``, which they are. At most four targets are drawn, the first and
+            the last among them.
+        path: file to write; its ending says the format.
+        unit: of the values.
+    """
+    count = len(record["labels"])
+    shown = sorted({round(index * (count - 1) / (_MAX_TARGETS - 1)) for index in range(_MAX_TARGETS)})
+    over_time = record["of"] == "steps"
+    if over_time:
+        figure, axes = _figure(7.5, 1.2 + 1.6 * len(shown), rows=len(shown))
+    else:
+        figure, axes = _figure(3.6 * len(shown), 3.6, columns=len(shown))
+    for target, axis in zip(shown, axes, strict=True):
+        true = [float("nan") if row[target] is None else row[target] for row in record["true"]]
+        found = [row[target] for row in record["predicted"]]
+        axis.set_title(record["labels"][target], fontsize=9, loc="left")
+        if over_time:
+            steps = [record.get("first", 0) + index * record.get("every", 1) for index in range(len(true))]
+            axis.plot(steps, true, color=_GREY, linewidth=2.8, alpha=0.6, label="true")
+            axis.plot(steps, found, "--", color=_ORANGE, linewidth=1.3, label="predicted")
+            axis.margins(x=0.01)
+        else:
+            ends = [min(*true, *found), max(*true, *found)]
+            axis.plot(ends, ends, ":", color=_GREY, linewidth=1.2, label="exact")
+            axis.plot(true, found, "o", color=_BLUE, markersize=3, alpha=0.6, markeredgewidth=0, label="rows")
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    inside = f" ({unit})" if unit else ""
+    figure.supxlabel("step of the first test series" if over_time else f"true value{inside}", fontsize=9)
+    figure.supylabel((unit or "value") if over_time else "predicted value", fontsize=9)
+    # Above the curves, which fill their axes.
+    axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
+    _save(figure, path)
+
+
+def delay_errors(curves: dict[str, dict[int, dict[float, float]]], path: str | Path) -> None:
+    """Draws how well models say what the input was: against the longest delay, and for the first model against each delay.
+
+    Args:
+        curves: model -> longest delay T, in steps -> delay as a share of T -> NRMSE.
+        path: file to write; its ending says the format.
+    """
+    figure, (longest, each) = _figure(8.5, 3.4, columns=2)
+    styles = zip((_BLUE, _ORANGE, _GREY, "#009E73"), ("o-", "s--", "^:", "v-."), strict=True)
+    for (name, by_delay), (colour, style) in zip(curves.items(), styles, strict=False):
+        delays = sorted(by_delay)
+        percent = [100 * by_delay[delay][max(by_delay[delay])] for delay in delays]
+        longest.plot(delays, percent, style, color=colour, label=name, linewidth=1.6, markersize=5)
+    name, by_delay = next(iter(curves.items()))
+    shades = ("#CC79A7", "#E69F00", "#009E73", _BLUE)
+    for delay, colour, style in zip(sorted(by_delay), shades, ("v-.", "^:", "s--", "o-"), strict=False):
+        shares = sorted(by_delay[delay])
+        percent = [100 * by_delay[delay][share] for share in shares]
+        each.plot(shares, percent, style, color=colour, label=f"T = {delay:,}", linewidth=1.6, markersize=5)
+    longest.set_xscale("log")
+    longest.set_xlabel("delay T (steps)")
+    longest.set_ylabel("NRMSE at the delay T (%)")
+    longest.axhline(100, color=_GREY, linewidth=0.8, alpha=0.6)
+    each.set_xlabel("delay (share of T)")
+    each.set_ylabel("NRMSE (%)")
+    each.set_title(name, fontsize=9)
+    for axis in (longest, each):
+        axis.set_yscale("log")
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
 def draw(result: dict[str, Any], folder: str | Path) -> list[str]:
     """Draws every picture that a record has the numbers for.
 
@@ -104,15 +186,18 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[str]:
     if confusion and len(confusion["labels"]) <= MAX_CLASSES:
         confusion_matrix(confusion["test"], confusion["labels"], Path(folder) / CONFUSION_MATRIX)
         written.append(CONFUSION_MATRIX)
+    if "predictions" in result:
+        predictions(result["predictions"], Path(folder) / PREDICTIONS, result.get("dataset", {}).get("unit"))
+        written.append(PREDICTIONS)
     return written
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:
     # A figure by itself, not one of pyplot's: no display, no global state, nothing to close.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    return figure, figure.subplots(rows, columns, squeeze=False, sharex=rows > 1).flatten()
 
 
 def _save(figure: Figure, path: str | Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,18 @@ from . import __version__
 if TYPE_CHECKING:
     from transformers import Trainer
 
+# What the Trainer logs among the scores.
+TIMING = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
 _VERSIONS_OF = ("torch", "transformers", "datasets", "accelerate", "safetensors", "huggingface_hub", "numpy")
+
+_NUMBERS = re.compile(r"\[\n\s+((?:(?:-?\d[\d.e+-]*|null),\n\s+)*(?:-?\d[\d.e+-]*|null))\n\s+\]")
+
+
+def as_text(content: dict[str, Any]) -> str:
+    """A record as JSON that people can read: indented, and lists of numbers on one line each."""
+    # A string of JSON holds no line break, so what is matched is structure.
+    joined = _NUMBERS.sub(lambda match: "[" + " ".join(match[1].split()) + "]", json.dumps(content, indent=2))
+    return joined + "\n"
 
 
 def hardware() -> dict[str, Any]:
@@ -53,12 +66,16 @@ def best_epoch(trainer: Trainer) -> float | None:
 
 
 def history(logs: list[dict[str, float]]) -> list[dict[str, float]]:
-    """One entry per epoch: training loss and learning rate, validation loss and, where there is one, accuracy."""
+    """One entry per epoch: training loss and learning rate, validation loss and whatever scores there are."""
     epochs: dict[float, dict[str, float]] = {}
     for log in logs:
         entry = epochs.setdefault(log["epoch"], {"epoch": log["epoch"]})
         if "loss" in log:
             entry |= {"train_loss": log["loss"], "learning_rate": log["learning_rate"]}
         if "eval_loss" in log and "loss" not in entry:
-            entry |= {name: log[f"eval_{name}"] for name in ("loss", "accuracy") if f"eval_{name}" in log}
+            entry |= {
+                name.removeprefix("eval_"): value
+                for name, value in log.items()
+                if name.startswith("eval_") and name not in TIMING and isinstance(value, int | float)
+            }
     return list(epochs.values())

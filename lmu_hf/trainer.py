@@ -17,7 +17,7 @@ from transformers.trainer_utils import HubStrategy
 from . import hub
 from .errors import HubError, InputError
 from .plots import draw
-from .record import best_epoch, hardware, history, versions
+from .record import TIMING, best_epoch, hardware, history, versions
 
 logger = logging.getLogger(__name__)
 
@@ -129,11 +129,10 @@ class LMUTrainer(Trainer):
         logs: list[dict[str, Any]] = self.state.log_history
         best = best_epoch(self)
         scored = [log for log in logs if "eval_loss" in log and (best is None or log["epoch"] == best)]
-        timing = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
         scores = {
             name.removeprefix("eval_"): value
             for name, value in (scored[-1] if scored else {}).items()
-            if name.startswith("eval_") and name not in timing and isinstance(value, int | float)
+            if name.startswith("eval_") and name not in TIMING and isinstance(value, int | float)
         }
         parts: dict[str, Any] = {"train": self.train_dataset, "validation": self.eval_dataset}
         config: Any = self.accelerator.unwrap_model(self.model).config

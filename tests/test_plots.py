@@ -55,6 +55,58 @@ def test_confusion_matrix(tmp_path, figures, labels):
     assert min(edge[0].min(), edge[-1].min(), edge[:, 0].min(), edge[:, -1].min()) == 255  # nothing is cut off
 
 
+def test_learning_curve_of_values(tmp_path, figures):
+    history = [
+        {"epoch": float(e), "train_loss": 1 / e, "loss": 1 / e, "mse": 1 / e, "nrmse": 100.0**-e} for e in range(1, 4)
+    ]
+    plots.learning_curve(history, tmp_path / "curve.png")
+    loss, share = figures[0].axes
+    assert (loss.get_ylabel(), share.get_ylabel()) == ("loss", "validation NRMSE (%)")
+    assert share.get_yscale() == "log"
+    np.testing.assert_allclose(share.lines[0].get_ydata(), [100 * entry["nrmse"] for entry in history])
+
+
+def test_predictions_over_time(tmp_path, figures):
+    record = {"of": "steps", "labels": ["a"], "first": 100, "every": 3, "true": [[1.0], [None]], "predicted": [[1.1], [2.0]]}
+    plots.predictions(record, tmp_path / "predictions.png", "volts")
+    (axis,) = figures[0].axes
+    assert figures[0].get_supxlabel() == "step of the first test series"
+    assert figures[0].get_supylabel() == "volts"
+    assert axis.get_title(loc="left") == "a"
+    true, found = axis.lines
+    assert true.get_linestyle() != found.get_linestyle()
+    np.testing.assert_array_equal(true.get_xdata(), [100, 103])
+    np.testing.assert_array_equal(true.get_ydata(), [1, np.nan])
+    np.testing.assert_array_equal(found.get_ydata(), [1.1, 2.0])
+
+
+def test_predictions_of_many_values_per_row(tmp_path, figures):
+    names = [f"target {i}" for i in range(9)]
+    rows = np.arange(27.0).reshape(3, 9)
+    plots.predictions(
+        {"of": "rows", "labels": names, "true": rows.tolist(), "predicted": (rows + 1).tolist()}, tmp_path / "p.png"
+    )
+    axes = figures[0].axes
+    assert [axis.get_title(loc="left") for axis in axes] == [names[0], names[3], names[5], names[8]]
+    np.testing.assert_array_equal(axes[3].lines[1].get_xdata(), rows[:, 8])
+    np.testing.assert_array_equal(axes[3].lines[1].get_ydata(), rows[:, 8] + 1)
+    assert figures[0].get_supxlabel() == "true value"
+
+
+def test_delay_errors(tmp_path, figures):
+    curves = {
+        "LMU": {100: {0.5: 0.001, 1.0: 0.01}, 1000: {0.5: 0.002, 1.0: 0.02}},
+        "LSTM": {100: {0.5: 0.8, 1.0: 0.9}},
+    }
+    plots.delay_errors(curves, tmp_path / "errors.svg")
+    longest, each = figures[0].axes
+    assert (longest.get_xscale(), longest.get_yscale(), each.get_yscale()) == ("log", "log", "log")
+    assert longest.get_xlabel() == "delay T (steps)"
+    np.testing.assert_allclose(longest.lines[0].get_xydata(), [[100, 1], [1000, 2]])
+    np.testing.assert_allclose(longest.lines[1].get_xydata(), [[100, 90]])
+    assert [text.get_text() for text in each.get_legend().get_texts()] == ["T = 100", "T = 1,000"]
+
+
 def test_only_what_there_are_numbers_for(tmp_path):
     assert plots.draw({}, tmp_path) == []
     assert plots.draw({"history": HISTORY[:1]}, tmp_path) == []

@@ -390,7 +390,9 @@ class LMUModel(LMUPreTrainedModel):
             values = values[..., None]
         if values.ndim != 3 or values.shape[-1] != size or 0 in values.shape:
             raise ValueError(f"{named[0]}: expected (batch >= 1, time >= 1, input_size={size}), found {tuple(values.shape)}")
-        return values.to(self.dtype)
+        # Without weights, of a memory alone, there is no type to go by.
+        weight = next(self.parameters(), None)
+        return values if weight is None else values.to(self.dtype)
 
     def _pool(self, hidden_states: Tensor, packing: Packing | None) -> Tensor:
         lengths = None if packing is None else packing.lengths

@@ -1,0 +1,165 @@
+"""Saved models: loaded, scored on their task, and checked in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from .baselines import class_of
+from .card import RESULT_FILE
+from .errors import InputError
+from .experiment import Experiment
+from .kinds import KINDS, score
+from .launched import lone_environment
+from .model.processing_lmu import LMUFeatureExtractor, LMUImageProcessor
+from .tasks import TaskData, load_task
+from .tasks.base import PARTS
+
+ALL = "all"
+EVAL_BATCH = 500
+
+_HEADS = {kind.head.__name__: kind.head for kind in KINDS.values()}
+
+
+def evaluate(model_dir: str | Path, part: str = "test", data: str | None = None) -> dict[str, Any]:
+    """Scores a saved model on a part of the task that it was trained for.
+
+    Args:
+        model_dir: folder of the model, with its ``result.json``.
+        part: "train", "validation", "test", or "all" for every row of the data.
+        data: as for :func:`train`.
+
+    Returns:
+        task, kind, part, labels (names of classes or of values), and what :func:`lmu_hf.kinds.score` returns.
+
+    Raises:
+        InputError: the folder holds no such model, or the data is wrong.
+    """
+    if part not in (*PARTS, ALL):
+        raise InputError(f"part: expected one of {[*PARTS, ALL]}, found {part!r}")
+    model, processor = load_model(model_dir)
+    path = Path(model_dir) / RESULT_FILE
+    if not path.is_file():
+        raise InputError(f"model: {model_dir} has no {RESULT_FILE}, which names the task; evaluate needs one")
+    try:
+        experiment = Experiment.from_dict(json.loads(path.read_text(encoding="utf-8"))["experiment"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"model: {path} is damaged: {' '.join(str(error).split())}") from error
+    task = task_of(experiment, data, processor)
+    if task.input_size not in (None, model.config.input_size):
+        raise InputError(
+            f"data: expected {model.config.input_size} features per step, as the model was trained on, found {task.input_size}"
+        )
+    if (names := model.config.label_names) != task.label_names:
+        raise InputError(f"data: expected the labels {names} that the model was trained on, found {task.label_names}")
+    kind = KINDS[task.kind]
+    if not isinstance(model, head := class_of(model.config, kind.head)):
+        raise InputError(
+            f"model: the task {task.name} is one of {kind.name}, which {head.__name__} does, found {_name(model)}"
+        )
+    scores = score(model, _part(task, part), kind, eval_batch(experiment), task.every)
+    return {"task": task.name, "kind": kind.name, "part": part, "labels": names, **scores}
+
+
+def task_of(experiment: Experiment, data: str | None, processor: Any = None) -> TaskData:
+    """Loads the task of an experiment; see :func:`lmu_hf.tasks.load_task`."""
+    options = {key: value for key, value in experiment.task.items() if key != "name"}
+    return load_task(experiment.task["name"], data, processor, **options)
+
+
+def _part(task: TaskData, part: str) -> torch.utils.data.Dataset:
+    if part != ALL:
+        return task.parts[part]
+    parts = task.parts.values()
+    return torch.utils.data.ChainDataset(parts) if task.streams else torch.utils.data.ConcatDataset(parts)
+
+
+def eval_batch(experiment: Experiment) -> int:
+    """Rows at once when scoring."""
+    return experiment.training.get("per_device_eval_batch_size", EVAL_BATCH)
+
+
+def _name(model: Any) -> str:
+    return type(model).__name__
+
+
+def load_model(model_dir: str | Path) -> tuple[PreTrainedModel, Any]:
+    """Loads a model that a task can be scored with, and its processor, from a folder (or the Hub).
+
+    Raises:
+        InputError: there is no such model there.
+    """
+    path = Path(model_dir)
+    if path.exists() and not (path / "config.json").is_file():
+        raise InputError(f"model: {model_dir} holds no config.json; give the folder of a trained model")
+    try:
+        config = AutoConfig.from_pretrained(str(model_dir))
+        loaded: Any = _class(config).from_pretrained(str(model_dir), config=config, output_loading_info=True)
+        model, report = loaded
+        processor = load_processor(model_dir)
+    except Exception as error:  # a damaged file can raise anything; each means that there is no usable model
+        raise InputError(f"model: {model_dir} could not be loaded: {' '.join(str(error).split())[:300]}") from error
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if report.get(problem):
+            names = ", ".join(str(name) for name in sorted(report[problem])[:3])
+            raise InputError(f"model: {model_dir}: weights and config.json do not fit, {problem.replace('_', ' ')} {names}")
+    return model.eval(), processor
+
+
+def _class(config: Any) -> type[PreTrainedModel]:
+    found = (getattr(config, "architectures", None) or ["no architecture"])[0]
+    for name, head in _HEADS.items():
+        if found in (name, (cls := class_of(config, head)).__name__):
+            return cls
+    raise ValueError(f"expected one of {sorted(_HEADS)}, found {found}")
+
+
+def load_processor(model_dir: str | Path) -> Any:
+    """The processor saved beside a model: a tokenizer, or one of our own classes.
+
+    Those are named because AutoProcessor may want torchvision for images.
+
+    Raises:
+        OSError: there is none.
+    """
+    try:
+        return LMUImageProcessor.from_pretrained(str(model_dir))
+    except ValueError:  # it is one for signals, and says so
+        return LMUFeatureExtractor.from_pretrained(str(model_dir))
+    except OSError:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(str(model_dir))
+        except (OSError, ValueError, KeyError):
+            pass  # the first error names the file that is missing
+        raise
+
+
+def verify_in_fresh_process(model_dir: Path, data: str | None, expected: dict[str, float]) -> dict[str, Any]:
+    """Reloads a model in a new Python process and checks that it scores the same on the test part.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    command = [sys.executable, "-m", "lmu_hf.cli", "evaluate", str(model_dir), "--json"]
+    command += [] if data is None else ["--data", data]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, env=lone_environment())
+    if finished.returncode:
+        raise RuntimeError(f"the saved model could not be evaluated in a fresh process:\n{finished.stderr[-2000:]}")
+    found = json.loads(finished.stdout.strip().splitlines()[-1])
+    # The same function on the same machine; threads may add up float32 in another order.
+    same = all(abs(found[name] - value) <= _slack(name, value) for name, value in expected.items())
+    if not same:
+        raise RuntimeError(f"the reloaded model scores differently: expected {expected}, found {found}")
+    return {**{name: found[name] for name in expected}, "same": True}
+
+
+def _slack(metric: str, value: float) -> float:
+    return 0.0 if metric == "accuracy" else 1e-5 * (1 + value)

@@ -1,0 +1,94 @@
+"""The table of results in README.md, made from the committed records.
+
+scripts/results_table.py            # writes it
+scripts/results_table.py --check    # fails if it is not what the records say
+scripts/results_table.py --of runs/*/result.json    # mean and standard deviation of these
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results: made by scripts/results_table.py -->", "<!-- end of results -->"
+HEAD = (
+    "| task | model | parameters | measure | test part, per seed | mean ± sd | published | run it |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+def measure(record):
+    """Name of the score that counts, and its value in per cent."""
+    scores = record["scores"]["test"]
+    name = "accuracy" if "accuracy" in scores else "nrmse"
+    return name, 100 * scores[name]
+
+
+def summary(values):
+    """Mean and, of more than one value, sample standard deviation."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def table(records, published):
+    """The rows of those configurations that have a record; ``records``: name of the file -> its content."""
+    if unknown := sorted({record["name"] for record in records.values()} - set(published)):
+        raise SystemExit(f"results_table: {unknown[0]} has records but no row in model_cards/published.yaml; add one")
+    lines = list(HEAD)
+    for name, row in published.items():
+        found = sorted(
+            ((record["experiment"]["seed"], file, record) for file, record in records.items() if record["name"] == name),
+            key=lambda entry: entry[:2],
+        )
+        if not found:
+            continue
+        values = [measure(record)[1] for _, _, record in found]
+        cells = ", ".join(f"[{value:.2f}](model_cards/{file})" for value, (_, file, _) in zip(values, found, strict=True))
+        label = {"accuracy": "accuracy, %", "nrmse": "NRMSE, %"}[measure(found[0][2])[0]]
+        before = f"{row['published']:g} ({row['source']})" if "published" in row else ""
+        parameters = f"{found[0][2]['parameters']['total']:,}"
+        run = f"`scripts/reproduce {name}`"
+        lines.append(
+            f"| {row['task']} | {row['model']} | {parameters} | {label} | {cells} | {summary(values)} | {before} | {run} |"
+        )
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the table is out of date")
+    parser.add_argument(
+        "--of", nargs="+", type=Path, metavar="RESULT", help="records to sum up, rather than the committed ones"
+    )
+    arguments = parser.parse_args()
+    if arguments.of:
+        by_name = {}
+        for path in arguments.of:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            by_name.setdefault((record["name"], measure(record)[0]), []).append(measure(record)[1])
+        for (name, label), values in by_name.items():
+            each = ", ".join(f"{value:.2f}" for value in values)
+            print(f"{name}: test {label} {summary(values)} % (mean ± sd of {len(values)} seeds: {each})")
+        return
+    published = yaml.safe_load((ROOT / "model_cards" / "published.yaml").read_text(encoding="utf-8"))
+    files = sorted((ROOT / "model_cards").glob("*.json"))
+    records = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"results_table: expected one {BEGIN!r} and one {END!r} in README.md")
+    before, rest = text.split(BEGIN)
+    made = f"{before}{BEGIN}\n\n{table(records, published)}\n\n{END}{rest.split(END)[1]}"
+    if made == text:
+        return
+    if arguments.check:
+        raise SystemExit("results_table: the table in README.md is not what model_cards says; run scripts/results_table.py")
+    readme.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
