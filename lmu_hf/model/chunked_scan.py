@@ -19,6 +19,7 @@ from torch import Tensor
 from .compiled import SMALL_ORDER, available
 from .gates import GATES
 from .memory import fold_rows, fold_state, unfold_rows, unfold_state
+from .precision import full_float32
 from .scan import scan_class
 
 State = tuple[Tensor, ...]
@@ -27,6 +28,9 @@ State = tuple[Tensor, ...]
 # largest part than stay in the cache.
 _ROWS = 128
 _NUMBERS = 1 << 20
+# On CUDA a cache of that kind does not exist and what counts is how few kernels are launched: 64 MiB at a time.
+_ROWS_CUDA = 1 << 14
+_NUMBERS_CUDA = 1 << 24
 
 
 class ChunkOperators(NamedTuple):
@@ -62,6 +66,8 @@ def chunked_scan(
     operators: ChunkOperators,
     states: State,
     steps: int,
+    *,
+    half: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, State]:
     """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
 
@@ -75,12 +81,13 @@ def chunked_scan(
         operators: the matrices of a chunk.
         states: hidden state tensors before the first step, (B, H) each.
         steps: T.
+        half: what multiplies h may be rounded to bfloat16 where that is faster, which is on CUDA. States and sums never are.
 
     Returns:
         u (B, K * C, D), zero past T, where it is computed here; the memory at the start of each chunk (B, K, D * N), where there
         is one; and each state tensor after every step (B, T, H).
     """
-    u, starts, *sequences = _ChunkedScan.apply(kind, steps, given, weight, bias, u, memory, *operators, *states)
+    u, starts, *sequences = _ChunkedScan.apply(kind, steps, half, given, weight, bias, u, memory, *operators, *states)
     return u, starts, tuple(sequences)
 
 
@@ -112,8 +119,9 @@ class _Sizes:
         self.chunks = -(-steps // self.chunk)
         self.total = self.chunks * self.chunk if self.dims else steps
         width = operators.step.shape[1] if operators.read is None else max(operators.read.shape)
-        fitting = _NUMBERS // (batch * self.chunk * width)
-        self.segment = max(1, min(-(-_ROWS // batch), fitting)) * self.chunk
+        rows, numbers = (_ROWS_CUDA, _NUMBERS_CUDA) if operators.step.is_cuda else (_ROWS, _NUMBERS)
+        fitting = numbers // (batch * self.chunk * width)
+        self.segment = max(1, min(-(-rows // batch), fitting)) * self.chunk
 
     def segments(self) -> list[tuple[int, int]]:
         """First step and number of steps of each segment."""
@@ -129,6 +137,7 @@ class _ChunkedScan(torch.autograd.Function):
         ctx: Any,
         kind: str,
         steps: int,
+        half: bool,
         given: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -147,7 +156,7 @@ class _ChunkedScan(torch.autograd.Function):
         if u is None:
             u = step.new_empty(batch, total, dims)
             u[:, steps:] = 0
-        scan = scan_class(step)(kind, step, chunk, dims if feedback else 0, states, kept)
+        scan = scan_class(step, half)(kind, step, chunk, dims if feedback else 0, states, kept)
         nothing = step.new_empty(batch, steps, 0)
         scratch = _Scratch(step)
         for first, length in sizes.segments():
@@ -159,7 +168,8 @@ class _ChunkedScan(torch.autograd.Function):
                 if feedback:
                     assert fold is not None
                     part = known[:, at - first : at - first + chunk]
-                    part.view(batch, -1).addmm_(starts[:, index], fold)
+                    with full_float32(step):
+                        part.view(batch, -1).addmm_(starts[:, index], fold)
                     scan.forward(at, min(chunk, steps - at), part, u)
                 if at + chunk < total:
                     memory = _advance(memory, u[:, at : at + chunk], operators)
@@ -169,15 +179,15 @@ class _ChunkedScan(torch.autograd.Function):
                 of_chunks = starts[:, sizes.of_chunks(first, length)].flatten(0, 1)
                 u_of_chunks = u[:, first : first + length].reshape(len(of_chunks), -1)
                 if operators.read is None:
-                    by_chunk = known.view(len(of_chunks), -1)
-                    by_chunk.addmm_(of_chunks, fold).addmm_(u_of_chunks, tensors[4])
+                    with full_float32(step):
+                        known.view(len(of_chunks), -1).addmm_(of_chunks, fold).addmm_(u_of_chunks, tensors[4])
                 else:
                     memories = _write(of_chunks, u_of_chunks, operators, scratch)
                     known.view(-1, width).addmm_(memories, operators.read)
             scan.forward(first, min(length, steps - first), known, nothing)
         saved = (given, weight, bias, u, starts, *operators, *states, *kept)
         ctx.save_for_backward(*saved)
-        ctx.kind, ctx.sizes, ctx.states, ctx.feedback = kind, sizes, len(states), feedback
+        ctx.kind, ctx.half, ctx.sizes, ctx.states, ctx.feedback = kind, half, sizes, len(states), feedback
         ctx.set_materialize_grads(False)
         return (u if feedback else None), starts, *kept[: len(states)]
 
@@ -194,11 +204,11 @@ class _ChunkedScan(torch.autograd.Function):
         dims, chunk, steps = sizes.dims, sizes.chunk, sizes.steps
         step, power, response, fold, from_u, _, read = tensors
         needed = dict(
-            zip(("given", "weight", "bias", "u", "memory", *operators._fields), ctx.needs_input_grad[2:], strict=False)
+            zip(("given", "weight", "bias", "u", "memory", *operators._fields), ctx.needs_input_grad[3:], strict=False)
         )
         batch, width = states[0].shape[0], step.shape[1]
 
-        scan = scan_class(step)(ctx.kind, step, chunk, dims if feedback else 0, states, kept)
+        scan = scan_class(step, ctx.half)(ctx.kind, step, chunk, dims if feedback else 0, states, kept)
         sequences = zip(grad_sequences, kept, strict=False)
         scan.start_backward(tuple(torch.zeros_like(own) if grad is None else grad for grad, own in sequences))
         grad_given = torch.empty_like(given) if needed["given"] else None
@@ -224,7 +234,8 @@ class _ChunkedScan(torch.autograd.Function):
                     u_of_chunks = u[:, segment].reshape(len(of_chunks), -1)
                     by_chunk = grad.view(len(of_chunks), -1)
                     if read is None:
-                        to_starts, to_u = by_chunk @ fold.mT, by_chunk @ from_u.mT
+                        with full_float32(step):
+                            to_starts, to_u = by_chunk @ fold.mT, by_chunk @ from_u.mT
                         if "from_u" in grads:
                             grads["from_u"].addmm_(u_of_chunks.mT, by_chunk)
                     else:
@@ -238,19 +249,22 @@ class _ChunkedScan(torch.autograd.Function):
                 arriving = inputs[:, at : at + chunk]
                 if grad_memory is not None:
                     # What the memory at the end of the chunk sends back to the u of the chunk.
-                    arriving += unfold_rows(fold_state(grad_memory, len(response)) @ response.mT, batch)
+                    with full_float32(step):
+                        arriving += unfold_rows(fold_state(grad_memory, len(response)) @ response.mT, batch)
                 if to_starts is not None:
                     start = to_starts[:, index - chunks.start]
                 else:
                     part = grad[:, at - first : at - first + chunk]
                     scan.backward(at, min(chunk, steps - at), arriving, part)
-                    start = part.view(batch, -1) @ fold.mT
+                    with full_float32(step):
+                        start = part.view(batch, -1) @ fold.mT
                 if grad_starts is not None:
                     start = start + grad_starts[:, index]
                 start = start.view(batch, dims, -1)
                 if grad_memory is not None:
                     rows = fold_state(grad_memory, len(power))
-                    start = start + unfold_state(rows @ power, start.shape)
+                    with full_float32(step):
+                        start = start + unfold_state(rows @ power, start.shape)
                     if "power" in grads:
                         grads["power"] += rows.mT @ fold_state(starts[:, index].view_as(start), len(power))
                         grads["response"] += fold_rows(u[:, at : at + chunk], len(power)).mT @ rows
@@ -270,6 +284,7 @@ class _ChunkedScan(torch.autograd.Function):
                 count = min(length, steps - first)
                 grad_given[:, first : first + count] = (grad if weight is None else grad @ weight.mT)[:, :count]
         return (
+            None,
             None,
             None,
             grad_given,
@@ -319,8 +334,9 @@ def _advance(memory: Tensor, u: Tensor, operators: ChunkOperators) -> Tensor:
     power, response = operators.power, operators.response
     assert power is not None
     assert response is not None
-    driven = fold_rows(u, len(power)) @ response
-    return unfold_state(torch.baddbmm(driven, fold_state(memory, len(power)), power.mT), memory.shape)
+    with full_float32(memory):
+        driven = fold_rows(u, len(power)) @ response
+        return unfold_state(torch.baddbmm(driven, fold_state(memory, len(power)), power.mT), memory.shape)
 
 
 def _write(starts: Tensor, u: Tensor, operators: ChunkOperators, scratch: _Scratch) -> Tensor:
@@ -335,7 +351,8 @@ def _write(starts: Tensor, u: Tensor, operators: ChunkOperators, scratch: _Scrat
         u = u.contiguous().view(len(u), chunk, -1)
         torch.ops.lmu_hf.memory_forward(starts.contiguous(), u, *_single_step(states, order), memories)
         return memories
-    by_chunk = (_rows(starts, u, power) @ states).unflatten(2, (chunk, order))  # (S, M * D / S, C, N)
+    with full_float32(u):
+        by_chunk = (_rows(starts, u, power) @ states).unflatten(2, (chunk, order))  # (S, M * D / S, C, N)
     if len(by_chunk) == 1:
         by_chunk = by_chunk.view(len(starts), -1, chunk, order).transpose(1, 2)  # (M, C, D, N)
     else:
@@ -368,7 +385,8 @@ def _write_back(
         to_starts, to_u = torch.empty_like(starts, memory_format=torch.contiguous_format), u.new_empty(*by_chunk.shape[:3])
         torch.ops.lmu_hf.memory_backward(grad, *_single_step(states, order), to_starts, to_u, None)
         return to_starts, to_u
-    to_rows = by_row @ states.mT
+    with full_float32(u):
+        to_rows = by_row @ states.mT
     to_rows = to_rows.view(len(starts), -1, order + chunk) if scales == 1 else to_rows.transpose(0, 1)
     return to_rows[..., :order].flatten(1), to_rows[..., order:].mT.flatten(1)
 

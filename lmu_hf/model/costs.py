@@ -94,11 +94,17 @@ def memory_chunk(rows: int, steps: int, order: int, *, training: bool, measured:
     return min((size for name, size in costs if name == "chunked"), key=lambda size: costs["chunked", size])
 
 
-def coupled_chunk(batch: int, steps: int, memory_d: int, order: int, hidden_size: int, width: int) -> int:
+def coupled_chunk(
+    batch: int, steps: int, memory_d: int, order: int, hidden_size: int, width: int, measured: bool = True
+) -> int:
     """Steps per chunk of the look-ahead recurrence; ``width`` is that of a step's sums, memory_d and gates.
 
-    Longer chunks mean fewer advances of the memory but a longer short kernel per step, and more operators to build.
+    Longer chunks mean fewer advances of the memory but a longer short kernel per step, and more operators to build. Where nothing
+    was ``measured``, launches are what costs: long chunks, unless their short kernel outgrows the hidden state by far.
     """
+    if not measured:
+        longest = min(_DEFAULT_CHUNK, max(steps, 1), max(4 * hidden_size, 256) // memory_d)
+        return max(size for size in CHUNKS if size <= max(longest, 1))
 
     def cost(size: int) -> float:
         per_step = batch * (hidden_size + size * memory_d / 2) * width

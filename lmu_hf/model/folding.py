@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .legendre import DelaySystem
 from .memory import linear_memory
+from .precision import exact_matmul
 
 if TYPE_CHECKING:
     from .lmu_cell import LMUCell
@@ -32,14 +33,16 @@ def applied_powers(weight: Tensor, system: DelaySystem, memory_d: int, count: in
         held = applied.shape[2]
         more = applied[:, :, : count + 1 - held]
         power = system.power(held, weight.dtype, weight.device).mT
-        applied = torch.cat([applied, (power @ more.flatten(2)).unflatten(2, more.shape[2:])], dim=2)
+        applied = torch.cat([applied, exact_matmul(power, more.flatten(2)).unflatten(2, more.shape[2:])], dim=2)
     return applied[0].permute(1, 2, 0, 3) if system.scales == 1 else applied[:, :, :, 0].permute(2, 0, 1, 3)
 
 
 def short_kernel(powers: Tensor, system: DelaySystem) -> Tensor:
     """B^T (A^T)^i K, what an input i steps back contributes: (count + 1, D, W)."""
     _, Bd = system.matrices(powers.dtype, powers.device)
-    return torch.einsum("idnw,dn->idw", powers, Bd.expand(powers.shape[1], -1))
+    rows = powers.permute(1, 0, 3, 2).flatten(1, 2)  # (D, i * W, N)
+    kernel = exact_matmul(rows, Bd.expand(len(rows), -1)[..., None])
+    return kernel.view(len(rows), len(powers), -1).transpose(0, 1)
 
 
 def feedback_operators(

@@ -30,6 +30,7 @@ from .costs import coupled_chunk
 from .folding import encoder_matrix, feedback_operators, final_memory, input_operators
 from .gates import GateWeights
 from .legendre import DelaySystem
+from .memory import measured
 from .ragged import blank, last_valid, where_started
 from .state import Dropout, LMUState
 
@@ -56,8 +57,9 @@ def lookahead_recurrence(
 
     Computes in float32 or better. Its gradient cannot be differentiated again.
     """
+    half = _half(weights, x.device)
     with torch.autocast(x.device.type, enabled=False):
-        u, starts, sequences = _run(cell, x, state.memory, state.hidden, weights, system, dropout, chunk)
+        u, starts, sequences = _run(cell, x, state.memory, state.hidden, weights, system, dropout, chunk, half=half)
         memory = final_memory(u, starts, system, x.shape[1], lengths)
     output, hidden = _finish(sequences, state.hidden, lengths, return_sequence)
     return output.to(x.dtype), LMUState.of((memory, *hidden))
@@ -67,7 +69,7 @@ def lookahead_input(cell: LMUCell, x: Tensor, memory: Tensor, system: DelaySyste
     """The memory's input u (B, T, D) of an LMU with ``memory_to_memory`` only, for which no hidden state is needed."""
     empty = x.new_zeros(0, 0)
     weights = GateWeights("linear", x.new_zeros(cell.memory_d * cell.order, 0), empty, None)
-    chunk = coupled_chunk(x.shape[0], x.shape[1], cell.memory_d, cell.order, 0, cell.memory_d)
+    chunk = coupled_chunk(x.shape[0], x.shape[1], cell.memory_d, cell.order, 0, cell.memory_d, measured(x))
     with torch.autocast(x.device.type, enabled=False):
         u, *_ = _run(cell, x, memory, (x.new_zeros(x.shape[0], 0),), weights, system, dropout, chunk)
     return u[:, : x.shape[1]]
@@ -92,6 +94,7 @@ def uncoupled_recurrence(
     :func:`lookahead_recurrence`.
     """
     dtype, steps, dims = torch.promote_types(x.dtype, torch.float32), x.shape[1], cell.memory_d
+    half = _half(weights, x.device)
     with torch.autocast(x.device.type, enabled=False):
         kind, input_weight, hidden_weight, bias = weights.to(dtype)
         assert hidden_weight is not None
@@ -107,7 +110,8 @@ def uncoupled_recurrence(
         u = F.pad(blank(u.to(dtype), lengths), (0, 0, 0, -steps % chunk))
         given: tuple[Tensor | None, Tensor | None] = (x.to(dtype), of_input) if cell.input_to_hidden else (None, None)
         hidden = tuple(part.to(dtype) for part in state.hidden)
-        _, starts, sequences = chunked_scan(kind, *given, bias, u, state.memory.to(dtype), operators, hidden, steps)
+        memory = state.memory.to(dtype)
+        _, starts, sequences = chunked_scan(kind, *given, bias, u, memory, operators, hidden, steps, half=half)
         assert starts is not None
         memory = final_memory(u, starts, system, steps, lengths)
     output, hidden = _finish(sequences, state.hidden, lengths, return_sequence)
@@ -132,12 +136,14 @@ def gated_scan(
         Outputs and state like ``naive_scan``, in the dtype of ``state``.
     """
     dtype = torch.promote_types(base.dtype, torch.float32)
+    half = _half(weights, base.device)
     with torch.autocast(base.device.type, enabled=False):
         hidden_weight = weights.to(dtype).hidden_weight
         assert hidden_weight is not None
         hidden = tuple(part.to(dtype) for part in state)
         operators = ChunkOperators(hidden_weight)
-        *_, sequences = chunked_scan(weights.kind, base.to(dtype), None, None, None, None, operators, hidden, base.shape[1])
+        inputs = (base.to(dtype), None, None, None, None)
+        *_, sequences = chunked_scan(weights.kind, *inputs, operators, hidden, base.shape[1], half=half)
     output, final = _finish(sequences, state, lengths, return_sequence)
     return output.to(state[0].dtype), final
 
@@ -151,6 +157,8 @@ def _run(
     system: DelaySystem,
     dropout: Dropout,
     chunk: int,
+    *,
+    half: bool = False,
 ) -> tuple[Tensor, Tensor, State]:
     """Returns u (B, K * C, D), the memory at the start of each chunk (B, K, D * N), and the state sequences (B, T, H)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -174,10 +182,17 @@ def _run(
     operators = ChunkOperators(step, power, response, fold)
     hidden = tuple(part.to(dtype) for part in hidden)
     inputs = (x, torch.cat([to_u, to_gates], dim=1), constant)
-    u, starts, sequences = chunked_scan(kind, *inputs, None, memory.to(dtype), operators, hidden, steps)
+    u, starts, sequences = chunked_scan(kind, *inputs, None, memory.to(dtype), operators, hidden, steps, half=half)
     assert u is not None
     assert starts is not None
     return u, starts, sequences
+
+
+def _half(weights: GateWeights, device: torch.device) -> bool:
+    """Whether the caller wants products of bfloat16: under its autocast, or with weights that are."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type) == torch.bfloat16
+    return weights.input_weight.dtype == torch.bfloat16
 
 
 def _finish(sequences: State, before: State, lengths: Tensor | None, return_sequence: bool) -> tuple[Tensor, State]:

@@ -28,6 +28,7 @@ from torch import Tensor
 from .compiled import LARGEST_ORDER, available
 from .costs import memory_algorithm, memory_chunk
 from .legendre import DelaySystem
+from .precision import exact_matmul, full_float32
 from .ragged import blank, check_lengths, last_valid, reverse, where_started
 
 ALGORITHMS = ("naive", "chunked", "fft", "final", "scan")
@@ -147,8 +148,8 @@ def memory_step(memory: Tensor, u: Tensor, Ad: Tensor, Bd: Tensor) -> Tensor:
             return memory_step(memory, u, Ad, Bd)
     memory, u = memory.to(Ad.dtype), u.to(Ad.dtype)
     if Ad.shape[0] == 1:
-        return memory @ Ad[0].mT + u[..., None] * Bd
-    return torch.einsum("bdj,dij->bdi", memory, Ad) + u[..., None] * Bd
+        return exact_matmul(memory, Ad[0].mT) + u[..., None] * Bd
+    return exact_matmul(memory.transpose(0, 1), Ad.mT).transpose(0, 1) + u[..., None] * Bd
 
 
 def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -196,7 +197,8 @@ class _Chunks(torch.autograd.Function):
             count = min(size, steps - start)
             row[..., order : order + count] = inputs[..., start : start + count]
             chunk = states[..., start * order : (start + count) * order]
-            _product(row[..., : order + count], operator[:, : order + count, : count * order], chunk)
+            with full_float32(row):
+                _product(row[..., : order + count], operator[:, : order + count, : count * order], chunk)
             row[..., :order] = chunk[..., -order:]
         states = states.unflatten(2, (steps, order))
         # Only the gradient of the operator, which a trained theta asks for, looks at the states again.
@@ -215,9 +217,9 @@ class _Chunks(torch.autograd.Function):
             count = min(size, steps - start)
             grad = grad_states[:, :, start : start + count].flatten(2)
             used = operator[:, : order + count, : count * order]
-            grad_row = grad @ used.mT
+            grad_row = exact_matmul(grad, used.mT)
             if carry is not None:
-                grad_row = grad_row + carry @ used[..., -order:].mT
+                grad_row = grad_row + exact_matmul(carry, used[..., -order:].mT)
             if saved:
                 inputs, memory, states = saved
                 before = memory if start == 0 else states[:, :, start - 1]
@@ -307,9 +309,9 @@ def _final(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths
     memory: Tensor | None = None
     for start in reversed(range(0, steps, _FINAL_SEGMENT)):
         segment = newest_first[..., start : start + _FINAL_SEGMENT]
-        update = segment @ response[:, : segment.shape[-1]]
+        update = exact_matmul(segment, response[:, : segment.shape[-1]])
         if memory is not None:
-            update = torch.baddbmm(update, memory, system.power(segment.shape[-1], u.dtype, u.device).mT)
+            update = update + exact_matmul(memory, system.power(segment.shape[-1], u.dtype, u.device).mT)
         memory = update
     assert memory is not None
     final = unfold_state(memory, u.shape)
@@ -325,21 +327,21 @@ def _advance(memory: Tensor, system: DelaySystem, steps: int, lengths: Tensor | 
     """Ad^steps m, or Ad^length m per row: binary powers, so that any mix of lengths costs log2(T) products."""
     folded = fold_state(memory, system.scales)
     if lengths is None:
-        return unfold_state(folded @ system.power(steps, memory.dtype, memory.device).mT, memory.shape)
+        return unfold_state(exact_matmul(folded, system.power(steps, memory.dtype, memory.device).mT), memory.shape)
     for bit in range(steps.bit_length()):
         power = system.power(1 << bit, memory.dtype, memory.device)
-        advanced = unfold_state(fold_state(memory, system.scales) @ power.mT, memory.shape)
+        advanced = unfold_state(exact_matmul(fold_state(memory, system.scales), power.mT), memory.shape)
         memory = torch.where((lengths >> bit & 1).bool()[:, None, None], advanced, memory)
     return memory
 
 
 def _free_response(memory: Tensor, system: DelaySystem, steps: int) -> Tensor:
     """Ad^(t+1) m for t = 0 .. steps-1 by doubling: (S, R, N) -> (S, R, steps, N)."""
-    states = (memory @ system.power(1, memory.dtype, memory.device).mT)[:, :, None]
+    states = exact_matmul(memory, system.power(1, memory.dtype, memory.device).mT)[:, :, None]
     while states.shape[2] < steps:
         count = states.shape[2]
         power = system.power(count, memory.dtype, memory.device)
-        states = torch.cat([states, states @ power.mT[:, None]], dim=2)
+        states = torch.cat([states, exact_matmul(states, power.mT[:, None])], dim=2)
     return states[:, :, :steps]
 
 

@@ -27,8 +27,8 @@ class Plan(NamedTuple):
             cell, in chunks: folded into its weights, or written a few chunks at a time), or an algorithm of
             :func:`linear_memory`: "chunked", "fft", "final", "scan".
         chunk: time steps at a time; 0 where the algorithm knows no chunks.
-        hidden: "at once" for all steps, "compiled loop" or "python loop" over affine gates, "step by step"; None without a
-            hidden cell.
+        hidden: "at once" for all steps; "compiled loop", "triton loop" or "python loop" over affine gates; "step by step"; None
+            without a hidden cell.
         reason: why, in words.
     """
 
@@ -90,7 +90,7 @@ def make_plan(
             return _naive(cell, reason)
     if cell.hidden_to_memory:
         assert cell.hidden_cell is not None
-        sizes = (cell.memory_d, cell.order, cell.state_sizes[0], cell.memory_d + width)
+        sizes = (cell.memory_d, cell.order, cell.state_sizes[0], cell.memory_d + width, measured(like))
         return Plan("lookahead", coupled_chunk(batch, steps, *sizes), _loop(like), "hidden_to_memory feeds the state back")
     because = "the memory's input is known in advance"
     if cell.memory_to_memory:

@@ -6,8 +6,13 @@ Within a chunk, step j computes
 
 and the cell's pointwise part makes h[j] of the gates. Steps are short and must come one after the other, so here the cost of a
 call counts more than its arithmetic. :class:`NaiveScan` is a loop in Python; :class:`CompiledScan` hands the whole chunk to the
-operator of :mod:`lmu_hf.native`, where that is installed. A checkpoint that carries this file along runs without it.
+operator of :mod:`lmu_hf.native`, where that is installed; :class:`triton_scan.TritonScan` does so on CUDA, where Triton is. A
+checkpoint that carries this file along runs without either.
 """
+
+import os
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,6 +148,31 @@ class CompiledScan:
         return tuple(self.carries)
 
 
-def scan_class(like: Tensor) -> type[NaiveScan] | type[CompiledScan]:
-    """The scan to use for tensors like this one."""
-    return CompiledScan if available(like) else NaiveScan
+def scan_class(like: Tensor, half: bool = False) -> Any:
+    """The scan to use for tensors like this one; ``half`` lets it round what multiplies h to bfloat16, where that is faster."""
+    if available(like):
+        return CompiledScan
+    kernels = _triton_scan(like)
+    if kernels is None:
+        return NaiveScan
+    return partial(kernels, half=True) if half else kernels
+
+
+def _triton_scan(like: Tensor) -> Any:
+    """``TritonScan`` if it takes tensors like this one and Triton is there, else None. Imports Triton only then."""
+    if type(like) not in (Tensor, torch.nn.Parameter) or like.dtype != torch.float32 or torch.compiler.is_compiling():
+        return None
+    # Triton's own switch for running kernels on the CPU, slowly.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and not (like.is_cuda and _new_enough(like.device)):
+        return None
+    try:
+        from .triton_scan import TritonScan
+    except ImportError:
+        return None
+    return TritonScan
+
+
+@cache
+def _new_enough(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)

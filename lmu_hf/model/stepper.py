@@ -20,6 +20,7 @@ from .cells import ACTIVATIONS
 from .compiled import available, filled_up
 from .folding import encoder_matrix
 from .gates import GATES, GateWeights, gate_weights
+from .precision import full_float32
 from .state import LMUState, forget_
 from .weights import a_weight
 
@@ -139,10 +140,11 @@ class LMUStepper:
             u = row @ encoder if u_bias is None else torch.addmm(u_bias, row, encoder)
             if activate is not None:
                 u = activate(u)
-            if len(A) == 1:
-                memory = torch.addmm(torch.mm(u.view(-1, 1), B[0]), memory.view(-1, order), A[0]).view_as(memory)
-            else:
-                memory = torch.baddbmm(u.mT[..., None] * B, memory.transpose(0, 1), A).transpose(0, 1).contiguous()
+            with full_float32(memory):
+                if len(A) == 1:
+                    memory = torch.addmm(torch.mm(u.view(-1, 1), B[0]), memory.view(-1, order), A[0]).view_as(memory)
+                else:
+                    memory = torch.baddbmm(u.mT[..., None] * B, memory.transpose(0, 1), A).transpose(0, 1).contiguous()
             self._state = (memory, *hidden)
             flat = memory.view(-1, dims * order)
             if gates is None:

@@ -103,4 +103,9 @@ def test_folds_where_the_memory_is_large():
 
 def test_chunks_are_no_longer_than_the_sequence():
     assert coupled_chunk(1, 3, 1, 256, 212, 213) <= 3
+    # Not measured: as long as it goes, but for a short kernel of many dimensions.
+    assert coupled_chunk(100, 784, 1, 256, 212, 213, False) == 32
+    assert coupled_chunk(1, 3, 1, 256, 212, 213, False) == 2
+    assert coupled_chunk(32, 4096, 64, 8, 128, 192, False) == 8
+    assert coupled_chunk(32, 4096, 1000, 8, 0, 1000, False) == 1
     assert uncoupled_chunk(1, 3, 1, 256, 212, compiled=True)[1] <= 8

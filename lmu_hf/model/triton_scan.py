@@ -1,0 +1,426 @@
+"""The time loop of :mod:`scan` for CUDA: all steps of a chunk, or of a segment without feedback, in one Triton kernel.
+
+A program takes a few rows of the batch through all steps without meeting the others. By count, not yet by measurement, what
+limits a step is not its arithmetic: the matrix R of h, (H, W), has to pass through the processor once per step, however few the
+rows. So:
+
+- Few rows per program, one where the batch does not fill the device, and products as plain multiply-adds in float32: tensor
+  cores would take sixteen rows or nothing, and round them to tf32 or bf16.
+- Where R fits the registers it stays there for all steps. Where not, it is read in tiles, each step anew, from the L1 or the L2
+  cache.
+- With ``half``, R is kept in bfloat16: half of what has to be read. The states, the sums and the short kernel of u, which is part
+  of the memory, stay in float32.
+
+h and u pass from step to step through the tensors that keep them; a barrier of the program's own threads lies between the steps.
+
+With feedback a chunk is one launch beside some ten small ones of its products, so with few rows it should be the launches that
+cost. A CUDA graph of a whole training step (``torch.cuda.graph``) would remove them; nothing of that kind is done here, since it
+fixes all shapes, and nobody has tried it.
+
+The kernels are compared with :class:`scan.NaiveScan` under Triton's interpreter and compiled for sm_80 and sm_90; nobody has
+timed them on a GPU yet.
+
+Names as in :mod:`chunked_scan`: B batch, T time, C steps per chunk, D memory dimensions, H hidden size, W width of a step's sums.
+"""
+
+# Only scan.py imports this file, and only where it is used; `try` tells transformers that a checkpoint does not need Triton. The
+# file is not called kernels.py because in the folder of a checkpoint that would be taken for the package of this name.
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .triton_parts import activation, arriving, derivative, gate, hold, product, read, sigmoid, tanh, write
+
+State = tuple[Tensor, ...]
+
+# The pointwise steps that the kernels know; keys of GATES.
+KINDS = ("tanh", "sigmoid", "relu", "linear", "lstm", "gru")
+
+# Numbers of R that a program keeps in registers: a quarter of the 64 K registers of a multiprocessor.
+_HELD = 1 << 14
+# Rows of the matrices are filled up to a multiple of this, for loads of 16 bytes, the longest there are.
+_ALIGNED = 8
+# Numbers of a tile, so many that a thread has 32 loads under way.
+_TILE = 1 << 13
+
+
+@triton.jit(do_not_specialize=["first", "count"])
+def forward_kernel(
+    known,
+    step,
+    recurrent,
+    encoder,
+    u,
+    hidden,
+    cell,
+    gates,
+    initial,
+    initial_cell,
+    first,
+    count,
+    batch,
+    steps,
+    known_row,
+    known_step,
+    u_row,
+    KIND: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """:meth:`NaiveScan.forward`, BLOCK_N units and BLOCK_D numbers of u at a time, in tiles of BLOCK_K and BLOCK_R rows.
+
+    ``recurrent`` is R without its columns for u, each gate filled up to PADDED columns; these columns, transposed, are
+    ``encoder`` (D, H).
+    """
+    GATES: tl.constexpr = 4 if KIND == "lstm" or KIND == "gru" else 1
+    PADDED: tl.constexpr = (SIZE + ALIGNED - 1) // ALIGNED * ALIGNED
+    WIDTH: tl.constexpr = DIMS + GATES * SIZE
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    live = row < batch
+    held_0 = row
+    held_1 = row
+    held_2 = row
+    held_3 = row
+    if HELD:
+        held_0 = hold(recurrent, GATES * PADDED, SIZE, PADDED, BLOCK_N)
+        if GATES == 4:
+            held_1 = hold(recurrent + PADDED, GATES * PADDED, SIZE, PADDED, BLOCK_N)
+            held_2 = hold(recurrent + 2 * PADDED, GATES * PADDED, SIZE, PADDED, BLOCK_N)
+            held_3 = hold(recurrent + 3 * PADDED, GATES * PADDED, SIZE, PADDED, BLOCK_N)
+    for j in range(count):
+        t = first + j
+        now = known + row * known_row + j * known_step
+        past = u + row * u_row + first * DIMS
+        used = j * DIMS
+        kernel = step + (CHUNK - 1 - j) * DIMS * WIDTH
+        if t == 0:
+            before = initial + row * SIZE
+            cell_before = initial_cell + row * SIZE
+        else:
+            before = hidden + (row * steps + t - 1) * SIZE
+            cell_before = cell + (row * steps + t - 1) * SIZE
+        if DIMS > 0:
+            for start in range(0, DIMS, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                value = read(now, d, live, d < DIMS)
+                value += product(before, live, encoder, d, d < DIMS, SIZE, 1, SIZE, BLOCK_B, BLOCK_D, BLOCK_R)
+                value += product(past, live, kernel, d, d < DIMS, used, WIDTH, 1, BLOCK_B, BLOCK_D, BLOCK_R)
+                write(past + used, d, live, d < DIMS, value)
+        for start in range(0, SIZE, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            fits = n < SIZE
+            sum_0 = gate(
+                0, now, before, past, live, recurrent, kernel, held_0, n, used,
+                SIZE, PADDED, GATES, DIMS, BLOCK_B, BLOCK_N, BLOCK_K, HELD,
+            )  # fmt: skip
+            if GATES == 4:
+                sum_1 = gate(
+                    1, now, before, past, live, recurrent, kernel, held_1, n, used,
+                    SIZE, PADDED, GATES, DIMS, BLOCK_B, BLOCK_N, BLOCK_K, HELD,
+                )  # fmt: skip
+                sum_2 = gate(
+                    2, now, before, past, live, recurrent, kernel, held_2, n, used,
+                    SIZE, PADDED, GATES, DIMS, BLOCK_B, BLOCK_N, BLOCK_K, HELD,
+                )  # fmt: skip
+                sum_3 = gate(
+                    3, now, before, past, live, recurrent, kernel, held_3, n, used,
+                    SIZE, PADDED, GATES, DIMS, BLOCK_B, BLOCK_N, BLOCK_K, HELD,
+                )  # fmt: skip
+                kept = gates + (row * steps + t) * (4 * SIZE)
+                if KIND == "lstm":
+                    value_0 = sigmoid(sum_0)
+                    value_1 = sigmoid(sum_1)
+                    value_2 = tanh(sum_2)
+                    value_3 = sigmoid(sum_3)
+                    state = value_1 * read(cell_before, n, live, fits) + value_0 * value_2
+                    write(cell + (row * steps + t) * SIZE, n, live, fits, state)
+                    output = value_3 * tanh(state)
+                else:
+                    value_0 = sigmoid(sum_0)
+                    value_1 = sigmoid(sum_1)
+                    value_2 = tanh(sum_2 + value_0 * sum_3)
+                    value_3 = sum_3
+                    output = value_2 + value_1 * (read(before, n, live, fits) - value_2)
+                write(kept, n, live, fits, value_0)
+                write(kept, n + SIZE, live, fits, value_1)
+                write(kept, n + 2 * SIZE, live, fits, value_2)
+                write(kept, n + 3 * SIZE, live, fits, value_3)
+            else:
+                output = activation(sum_0, KIND)
+            write(hidden + (row * steps + t) * SIZE, n, live, fits, output)
+        tl.debug_barrier()  # the next step reads what other threads wrote
+
+
+@triton.jit(do_not_specialize=["first", "count"])
+def backward_kernel(
+    step,
+    transposed,
+    grad_u,
+    grad_sums,
+    grads,
+    grads_cell,
+    hidden,
+    cell,
+    gates,
+    initial,
+    initial_cell,
+    carry,
+    carried,
+    first,
+    count,
+    batch,
+    steps,
+    grad_u_row,
+    sums_row,
+    sums_step,
+    KIND: tl.constexpr,
+    SIZE: tl.constexpr,
+    DIMS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """:meth:`NaiveScan.backward`, each gradient gathered from those of the later steps rather than added to by them.
+
+    ``transposed`` is R^T (W, PADDED), filled up with zeros. ``carry`` (B, H) passes what reaches h from one call to the next;
+    ``carried`` (2, B, H) from step to step what reaches the cell state of an LSTM, or h past the gates of a GRU: even and odd
+    steps take turns, so that no thread overwrites what another has yet to read.
+    """
+    GATES: tl.constexpr = 4 if KIND == "lstm" or KIND == "gru" else 1
+    PADDED: tl.constexpr = (SIZE + ALIGNED - 1) // ALIGNED * ALIGNED
+    WIDTH: tl.constexpr = DIMS + GATES * SIZE
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    live = row < batch
+    held_0 = row
+    held_1 = row
+    held_2 = row
+    held_3 = row
+    if HELD:
+        held_0 = hold(transposed + DIMS * PADDED, PADDED, SIZE, PADDED, BLOCK_N)
+        if GATES == 4:
+            held_1 = hold(transposed + (DIMS + SIZE) * PADDED, PADDED, SIZE, PADDED, BLOCK_N)
+            held_2 = hold(transposed + (DIMS + 2 * SIZE) * PADDED, PADDED, SIZE, PADDED, BLOCK_N)
+            held_3 = hold(transposed + (DIMS + 3 * SIZE) * PADDED, PADDED, SIZE, PADDED, BLOCK_N)
+    for back in range(count):
+        j = count - 1 - back
+        t = first + j
+        now = grad_sums + row * sums_row + j * sums_step
+        carried_out = carried + ((t % 2) * batch + row) * SIZE
+        carried_in = carried + (((t + 1) % 2) * batch + row) * SIZE
+        if DIMS > 0:
+            for start in range(0, DIMS, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                value = read(grad_u + row * grad_u_row + j * DIMS, d, live, d < DIMS)
+                for lag in range(1, count - j):
+                    # Row (C - 1 - lag) D + d of the step matrix is what this u contributed to the sums ``lag`` steps later.
+                    value += product(
+                        now + lag * sums_step, live, step + (CHUNK - 1 - lag) * DIMS * WIDTH, d, d < DIMS,
+                        WIDTH, 1, WIDTH, BLOCK_B, BLOCK_D, BLOCK_R,
+                    )  # fmt: skip
+                write(now, d, live, d < DIMS, value)
+        for start in range(0, SIZE, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            fits = n < SIZE
+            if back == 0:
+                grad = read(carry + row * SIZE, n, live, fits)
+            else:
+                grad = arriving(
+                    now + sums_step, live, transposed, held_0, held_1, held_2, held_3, n,
+                    SIZE, PADDED, GATES, DIMS, BLOCK_B, BLOCK_N, BLOCK_K, HELD,
+                )  # fmt: skip
+                if KIND == "gru":
+                    grad += read(carried_in, n, live, fits)
+            here = (row * steps + t) * SIZE
+            grad += read(grads + here, n, live, fits)
+            gate = now + DIMS
+            if GATES == 4:
+                kept = gates + (row * steps + t) * (4 * SIZE)
+                value_0 = read(kept, n, live, fits)
+                value_1 = read(kept, n + SIZE, live, fits)
+                value_2 = read(kept, n + 2 * SIZE, live, fits)
+                value_3 = read(kept, n + 3 * SIZE, live, fits)
+                if t == 0:
+                    before = initial + row * SIZE
+                    cell_before = initial_cell + row * SIZE
+                else:
+                    before = hidden + here - SIZE
+                    cell_before = cell + here - SIZE
+                if KIND == "lstm":
+                    squashed = tanh(read(cell + here, n, live, fits))
+                    state = read(grads_cell + here, n, live, fits) + read(carried_in, n, live, fits)
+                    state += grad * value_3 * (1.0 - squashed * squashed)
+                    grad_0 = state * value_2 * ((1.0 - value_0) * value_0)
+                    grad_1 = state * read(cell_before, n, live, fits) * ((1.0 - value_1) * value_1)
+                    grad_2 = state * value_0 * (1.0 - value_2 * value_2)
+                    grad_3 = grad * squashed * ((1.0 - value_3) * value_3)
+                    write(carried_out, n, live, fits, state * value_1)
+                else:
+                    direct = grad * value_1
+                    grad_1 = grad * (read(before, n, live, fits) - value_2) * ((1.0 - value_1) * value_1)
+                    grad_2 = (grad - direct) * (1.0 - value_2 * value_2)
+                    grad_0 = grad_2 * value_3 * ((1.0 - value_0) * value_0)
+                    grad_3 = grad_2 * value_0
+                    write(carried_out, n, live, fits, direct)
+                write(gate, n, live, fits, grad_0)
+                write(gate, n + SIZE, live, fits, grad_1)
+                write(gate, n + 2 * SIZE, live, fits, grad_2)
+                write(gate, n + 3 * SIZE, live, fits, grad_3)
+            else:
+                output = read(hidden + here, n, live, fits)
+                write(gate, n, live, fits, derivative(grad, output, KIND))
+        tl.debug_barrier()
+    earliest = grad_sums + row * sums_row
+    for start in range(0, SIZE, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        fits = n < SIZE
+        value = arriving(
+            earliest, live, transposed, held_0, held_1, held_2, held_3, n,
+            SIZE, PADDED, GATES, DIMS, BLOCK_B, BLOCK_N, BLOCK_K, HELD,
+        )  # fmt: skip
+        if KIND == "gru":
+            value += read(carried + ((first % 2) * batch + row) * SIZE, n, live, fits)
+        write(carry + row * SIZE, n, live, fits, value)
+
+
+def block_sizes(kind: str, size: int, dims: int, chunk: int, rows: int) -> dict[str, Any]:
+    """The constants of both kernels for so many rows per program, and their number of warps."""
+    width = min(max(triton.next_power_of_2(max(size, 1)), 16), 256)
+    gates = 4 if kind in ("lstm", "gru") else 1
+    held = rows == 1 and 0 < size <= width and gates * width * width <= _HELD
+    tile = _TILE // rows
+    dims_at_once = min(triton.next_power_of_2(max(dims, 1)), 64)
+    longest = triton.next_power_of_2(max(size, chunk * dims, 16))
+    return {
+        "KIND": kind,
+        "SIZE": size,
+        "DIMS": dims,
+        "CHUNK": chunk,
+        "BLOCK_B": rows,
+        "BLOCK_N": width,
+        "BLOCK_K": min(max(tile // width, 8), 64),
+        "BLOCK_D": dims_at_once,
+        "BLOCK_R": min(max(tile // dims_at_once, 16), longest, 1024),
+        "ALIGNED": _ALIGNED,
+        "HELD": held,
+        "num_warps": 16 if held and gates * width * width > _TILE else 8,
+        "num_stages": 1,  # no load is moved across steps
+    }
+
+
+def rows_per_program(batch: int, like: Tensor) -> int:
+    """One as long as a program per row does not fill the device twice, then two, then four."""
+    processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 1
+    return next((rows for rows in (1, 2) if batch <= 2 * rows * processors), 4)
+
+
+class TritonScan:
+    """:class:`scan.NaiveScan` for float32 tensors, with its loop in a kernel.
+
+    Args:
+        kind: as there, like the further arguments up to ``kept``.
+        half: round the rows of ``step`` that multiply h to bfloat16.
+    """
+
+    language = "triton"
+
+    def __init__(self, kind: str, step: Tensor, chunk: int, dims: int, states: State, kept: State, *, half: bool = False):
+        batch, size = states[0].shape
+        self.dims, self.steps, self.batch = dims, kept[0].shape[1], batch
+        self.step = step.contiguous()
+        recurrent = self.step[len(step) - size :]
+        self.recurrent = recurrent.bfloat16() if half else recurrent  # (H, W)
+        self.matrices: tuple[Tensor, Tensor] | None = None
+        self.sizes = block_sizes(kind, size, dims, chunk, rows_per_program(batch, step))
+        self.states = [state.contiguous() for state in states]
+        # An argument that a kind has no use for still has to be some pointer.
+        hidden = kept[0]
+        self.kept = (hidden, kept[1] if kind == "lstm" else hidden, kept[-1])
+        self.grid = (triton.cdiv(batch, self.sizes["BLOCK_B"]),)
+
+    def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
+        if self.matrices is None:
+            size = len(self.recurrent)
+            of_u, of_gates = self.recurrent.tensor_split([self.dims], dim=1)
+            by_gate = of_gates.view(size, -1, size) if size else of_gates.new_zeros(0, 1, 0)
+            self.matrices = (_filled_up(by_gate), of_u.mT.contiguous())
+        known = known if known.stride(2) == 1 else known.contiguous()
+        with _on(known):
+            forward_kernel[self.grid](
+                known,
+                self.step,
+                *self.matrices,
+                u,
+                *self.kept,
+                self.states[0],
+                self.states[-1],
+                first,
+                count,
+                self.batch,
+                self.steps,
+                *known.stride()[:2],
+                u.stride(0),
+                **self.sizes,
+            )
+
+    def start_backward(self, grads: State) -> None:
+        self.grads = [grad.contiguous() for grad in grads]
+        self.transposed = _filled_up(self.recurrent.mT)
+        self.carry = torch.zeros_like(self.states[0])
+        self.carried = self.carry.new_zeros(2, *self.carry.shape)
+
+    def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
+        with _on(grad_sums):
+            backward_kernel[self.grid](
+                self.step,
+                self.transposed,
+                grad_u,
+                grad_sums,
+                self.grads[0],
+                self.grads[-1],
+                *self.kept,
+                self.states[0],
+                self.states[-1],
+                self.carry,
+                self.carried,
+                first,
+                count,
+                self.batch,
+                self.steps,
+                grad_u.stride(0),
+                *grad_sums.stride()[:2],
+                **self.sizes,
+            )
+
+    def initial_gradients(self) -> State:
+        return (self.carry, self.carried[0])[: len(self.states)]
+
+
+def _filled_up(matrix: Tensor) -> Tensor:
+    return F.pad(matrix, (0, -matrix.shape[-1] % _ALIGNED)).contiguous()
+
+
+def _on(like: Tensor) -> Any:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,360 @@
+"""The Triton kernels against the naive scan, under Triton's interpreter, and compiled for GPUs that need not be there.
+
+Triton decides whether it interprets once per process, and interpreting leaves its traces in it, so both happen in processes of
+their own.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+from lmu_hf import LMU
+from lmu_hf.model.chunked_scan import ChunkOperators, _Sizes
+from lmu_hf.model.gates import GATES
+from lmu_hf.model.scan import NaiveScan, scan_class
+
+TRITON = importlib.util.find_spec("triton") is not None
+with_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed: pip install lmu-hf[gpu], Linux on x86_64 only")
+
+# kind, batch, hidden size, D, C, T, rows per program. Without D the steps of two calls, as segments are. Every kind, every size
+# below, the whole matrix in registers (few units, one row per program) and in tiles; not their product, which takes minutes.
+CASES = [
+    ("tanh", 1, 1, 1, 1, 3, 1),
+    ("tanh", 3, 5, 2, 8, 19, 2),
+    ("tanh", 17, 33, 1, 8, 11, 4),
+    ("tanh", 3, 212, 1, 16, 17, 4),
+    ("tanh", 3, 300, 0, 1, 3, 4),
+    ("tanh", 2, 33, 0, 1, 6, 1),
+    ("sigmoid", 3, 5, 3, 2, 7, 1),
+    ("relu", 1, 33, 2, 8, 11, 1),
+    ("linear", 17, 5, 3, 2, 5, 4),
+    ("linear", 3, 0, 2, 8, 13, 2),
+    ("linear", 2, 4, 70, 2, 3, 1),
+    ("lstm", 3, 5, 1, 8, 11, 2),
+    ("lstm", 17, 33, 0, 1, 4, 4),
+    ("lstm", 1, 1, 3, 16, 9, 1),
+    ("lstm", 2, 212, 0, 1, 3, 2),
+    ("gru", 3, 5, 2, 8, 11, 2),
+    ("gru", 17, 33, 0, 1, 4, 4),
+    ("gru", 1, 1, 1, 2, 3, 1),
+    ("gru", 2, 212, 0, 1, 3, 2),
+]
+
+
+def run(scan_of, kind, batch, size, dims, chunk, steps, rounded=False):
+    """All that a scan computes, forwards and backwards, from the same numbers; what it should not touch is NaN before."""
+    torch.manual_seed(0)
+    states = tuple(torch.randn(batch, size) for _ in range(1 + (kind == "lstm")))
+    width = dims + size * (4 if kind in ("lstm", "gru") else 1)
+    step = torch.randn((chunk - 1) * dims * bool(dims) + size, width) * 0.5 / (size + dims) ** 0.5
+    if rounded:
+        step[len(step) - size :] = step[len(step) - size :].bfloat16().float()
+    known = torch.randn(batch, steps, width)
+    kept = tuple(tensor.fill_(torch.nan) for tensor in GATES[kind].allocate(states, steps))
+    u = torch.full((batch, steps, dims), torch.nan)
+    cuts = [(first, min(chunk, steps - first)) for first in range(0, steps, chunk)]
+    if not dims:
+        cuts = [(0, steps // 2), (steps // 2, steps - steps // 2)]
+    scan = scan_of(kind, step, chunk, dims, states, kept)
+    for first, count in cuts:
+        scan.forward(first, count, known[:, first : first + count], u)
+    grads = tuple(torch.randn(batch, steps, size) for _ in states)
+    grad_u = torch.randn(batch, steps, dims)
+    grad_sums = torch.full((batch, steps, width), torch.nan)
+    scan = scan_of(kind, step, chunk, dims, states, kept)  # as in chunked_scan
+    scan.start_backward(grads)
+    for first, count in reversed(cuts):
+        scan.backward(first, count, grad_u[:, first : first + count].clone(), grad_sums[:, first : first + count])
+    return [*kept, u, grad_sums, *scan.initial_gradients()]
+
+
+# ---- in the process of the interpreter
+
+
+def interpreted(*case, rows, half=False):
+    from lmu_hf.model import triton_scan
+
+    triton_scan.rows_per_program = lambda batch, like: rows
+    return run(lambda *arguments: triton_scan.TritonScan(*arguments, half=half), *case)
+
+
+def interpreted_layer(arguments, half, weights, x, lengths):
+    """Output, final state and gradients of a layer, and which scan it took."""
+    layer = LMU(3, 2, 4, 9.0, return_sequences=True, return_state=True, **arguments)
+    layer.load_state_dict(weights)
+    results = everything(layer, x, lengths, half)
+    return scan_name(x), results
+
+
+def everything(layer, x, lengths, half):
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        output, state = layer(x, lengths=lengths)
+    results = [output.float(), *(part.float() for part in state.tensors())]
+    loss = sum((part * torch.linspace(-1, 1, part.numel()).view_as(part)).sum() for part in results)
+    return [part.detach() for part in results] + list(torch.autograd.grad(loss, [x, *layer.parameters()]))
+
+
+def scan_name(like):
+    return scan_class(like).__name__
+
+
+def process(**environment):
+    """One process with these variables, and without the compiled CPU loop, which would be taken first."""
+    # Set before its interpreter starts, which a spawned process takes over.
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        pool.submit(os.getpid).result()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return pool
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    with process(TRITON_INTERPRET="1", LMU_HF_NATIVE="0", OMP_NUM_THREADS="1") as pool:
+        yield pool
+
+
+def close(ours, naive, tolerance):
+    assert torch.isfinite(naive).all()
+    assert ours.shape == naive.shape
+    if naive.numel():
+        assert float((ours - naive).abs().max()) < tolerance * max(1.0, float(naive.abs().max()))
+
+
+@with_triton
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_naive(interpreter, case):
+    *case, rows = case
+    results = interpreter.submit(interpreted, *case, rows=rows).result()
+    for ours, naive in zip(results, run(NaiveScan, *case), strict=True):
+        # Sums of up to 850 products in float32, added in another order: 1e-6 at most was seen, through twenty steps.
+        close(ours, naive, 5e-6)
+
+
+@with_triton
+@pytest.mark.parametrize("case", [("tanh", 3, 33, 2, 8, 11), ("gru", 3, 5, 1, 2, 5), ("lstm", 2, 5, 0, 1, 4)], ids=str)
+def test_half(interpreter, case):
+    results = interpreter.submit(interpreted, *case, rows=2, half=True).result()
+    unrounded = run(NaiveScan, *case)
+    for ours, naive in zip(results, run(NaiveScan, *case, rounded=True), strict=True):
+        close(ours, naive, 5e-6)  # only R is rounded, nothing that is computed
+    for ours, naive in zip(results, unrounded, strict=True):
+        # bfloat16 keeps 8 bits: R is off by 2^-9 of itself, sums by some of that and by what the steps before add.
+        close(ours, naive, 0.02)
+
+
+LAYERS = {
+    "coupled": {"hidden_cell": "rnn", "hidden_size": 5, "hidden_to_memory": True, "memory_to_memory": True},
+    "coupled gru": {"hidden_cell": "gru", "hidden_size": 5, "hidden_to_memory": True, "input_to_hidden": True},
+    "u only": {"hidden_cell": "dense", "hidden_size": 5, "memory_to_memory": True},
+    "uncoupled lstm": {"hidden_cell": "lstm", "hidden_size": 5},
+}
+
+
+@with_triton
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_whole_layers(interpreter, name, half):
+    layer = LMU(3, 2, 4, 9.0, return_sequences=True, return_state=True, **LAYERS[name])
+    x, lengths = torch.randn(4, 13, 3), torch.tensor([13, 7, 8, 0])
+    submitted = interpreter.submit(interpreted_layer, LAYERS[name], half, layer.state_dict(), x, lengths)
+    scan, results = submitted.result()
+    assert scan == "TritonScan"
+    layer.algorithm = "naive"
+    # Rounding in float32 through 13 coupled steps; under autocast all products of the naive layer are of bfloat16, 8 bits.
+    tolerance = 0.05 if half else 2e-5
+    for ours, naive in zip(results, everything(layer, x, lengths, half), strict=True):
+        close(ours, naive, tolerance)
+
+
+def nan_passes(pool_case):
+    from lmu_hf.model import triton_scan
+
+    outputs = []
+    for kind in GATES:
+        states = tuple(torch.zeros(2, 3) for _ in range(1 + (kind == "lstm")))
+        kept = GATES[kind].allocate(states, 2)
+        known = torch.full((2, 2, 3 * (4 if kind in ("lstm", "gru") else 1)), 0.5)
+        known[0] = torch.nan
+        scan = triton_scan.TritonScan(kind, torch.ones(3, known.shape[2]), 1, 0, states, kept)
+        scan.forward(0, 2, known, torch.empty(2, 2, 0))
+        outputs.append(kept[0])
+    return outputs
+
+
+@with_triton
+def test_nan_stays_in_its_row(interpreter):
+    for output in interpreter.submit(nan_passes, None).result():
+        assert output[0].isnan().all()
+        assert output[1].isfinite().all()
+
+
+@with_triton
+def test_pointwise_functions_to_the_last_digits(interpreter):
+    x = torch.cat([torch.linspace(-30, 30, 255), torch.logspace(-8, 1, 254), torch.tensor([0.0, -100.0, 100.0])])
+    for kind in ("tanh", "sigmoid"):
+        ours = interpreter.submit(pointwise, kind, x).result()
+        exact = getattr(torch, kind)(x.double())
+        # A few times float32's 6e-8, relative: near 0 too, where gradients are made of it.
+        assert float(((ours - exact) / exact.abs().clamp(min=1e-30)).abs()[exact.abs() > 1e-30].max()) < 5e-7
+
+
+def pointwise(kind, x):
+    from lmu_hf.model import triton_scan
+
+    triton_scan.rows_per_program = lambda batch, like: 4
+    states = (torch.zeros(len(x) // 16, 16),)
+    kept = GATES[kind].allocate(states, 1)
+    scan = triton_scan.TritonScan(kind, torch.zeros(16, 16), 1, 0, states, kept)
+    scan.forward(0, 1, x.view(-1, 1, 16), torch.empty(len(x) // 16, 1, 0))
+    return kept[0].flatten().double()
+
+
+# ---- compiled, without a GPU
+
+COMPILED = [
+    # kind, hidden size, D, C, rows per program, half
+    ("tanh", 212, 1, 16, 1, False),
+    ("tanh", 212, 1, 32, 4, True),
+    ("tanh", 212, 0, 16, 1, False),
+    ("relu", 128, 64, 4, 1, False),
+    ("sigmoid", 5, 2, 8, 1, True),
+    ("linear", 0, 2, 8, 1, False),
+    ("lstm", 64, 1, 16, 1, False),
+    ("lstm", 212, 0, 16, 2, True),
+    ("gru", 212, 1, 16, 1, False),
+]
+
+
+def compile_for(architecture, case, tmp_path):
+    """The two kernels of a case for an architecture: PTX, machine code and shared memory of each."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lmu_hf.model import triton_scan
+
+    os.environ["TRITON_CACHE_DIR"] = tmp_path  # nothing is taken from an earlier run
+    *case, rows, half = case
+    results = []
+    for kernel in (triton_scan.forward_kernel, triton_scan.backward_kernel):
+        sizes = triton_scan.block_sizes(*case, rows)
+        options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
+        integers = {
+            "first",
+            "count",
+            "batch",
+            "steps",
+            "known_row",
+            "known_step",
+            "u_row",
+            "grad_u_row",
+            "sums_row",
+            "sums_step",
+        }
+        rounded = {"recurrent", "encoder", "transposed"} if half else set()
+        signature = {
+            name: "constexpr" if name in sizes else "i32" if name in integers else "*bf16" if name in rounded else "*fp32"
+            for name in kernel.arg_names
+        }
+        # As at a launch: torch's tensors start at a multiple of 16 bytes.
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=sizes, attrs=aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        results.append((compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared))
+    return results
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    with process(TRITON_INTERPRET="0", LMU_HF_NATIVE="0", OMP_NUM_THREADS="1") as pool:
+        yield pool
+
+
+@with_triton
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_compiles(compiler, case, architecture, tmp_path):
+    for ptx, machine_code, shared in compiler.submit(compile_for, architecture, case, str(tmp_path)).result():
+        assert f".target sm_{architecture}" in ptx
+        assert machine_code[:4] == b"\x7fELF"
+        assert "bar.sync" in ptx  # between the steps
+        assert "mma" not in ptx  # float32 is float32
+        assert shared <= 48 * 1024  # what every GPU gives without being asked
+        if case[1] >= 64:
+            assert "ld.global.v4" in ptx.replace("ld.global.L1::evict_last.", "ld.global.")  # the matrix, 16 bytes at a time
+
+
+# ---- without Triton, or without need of it
+
+
+def test_every_kind_has_a_kernel():
+    if TRITON:
+        from lmu_hf.model import triton_scan
+
+        assert set(triton_scan.KINDS) == set(GATES)
+
+
+def test_triton_is_imported_only_when_needed():
+    code = (
+        "import sys, torch\nfrom lmu_hf import LMU\n"
+        "layer = LMU(1, 1, 4, 9.0, 'rnn', 3, hidden_to_memory=True)\n"
+        "before = 'triton' in sys.modules\n"  # transformers may have looked at it
+        "layer(torch.randn(1, 5, 1))\n"
+        "assert 'lmu_hf.model.triton_scan' not in sys.modules and before == ('triton' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+
+
+def test_naive_where_triton_is_missing(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("LMU_HF_NATIVE", "0")
+    monkeypatch.setattr("lmu_hf.model.scan.available", lambda like: False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("triton_scan", "triton_parts"):
+        monkeypatch.delitem(sys.modules, f"lmu_hf.model.{name}", raising=False)
+    assert scan_class(torch.ones(2)) is NaiveScan
+
+
+@pytest.mark.parametrize(
+    "like", [torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float16), torch.ones(2, device="meta")]
+)
+def test_what_stays_naive(like, monkeypatch):
+    monkeypatch.setattr("lmu_hf.model.scan.available", lambda like: False)
+    assert scan_class(like) is NaiveScan
+
+
+def test_a_checkpoint_does_not_ask_for_triton():
+    from transformers.dynamic_module_utils import get_imports
+
+    from lmu_hf.model import scan
+
+    folder = os.path.dirname(scan.__file__)
+    for name in ("scan", "triton_scan", "triton_parts"):
+        assert "triton" not in get_imports(os.path.join(folder, f"{name}.py"))
+
+
+def test_segments_are_longer_on_cuda():
+    step = torch.empty(212, 212)
+    memory = torch.empty(100, 1, 256)
+    operators = ChunkOperators(step, response=torch.empty(1, 16, 256))
+    on_cpu = _Sizes(100, 784, memory, operators)
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    on_cuda = _Sizes(100, 784, memory, operators._replace(step=step.as_subclass(OnCuda)))
+    assert sum(length for _, length in on_cuda.segments()) == sum(length for _, length in on_cpu.segments()) == 784
+    assert len(on_cuda.segments()) == 1
+    assert len(on_cpu.segments()) == 25
