@@ -232,7 +232,10 @@ def architecture_of(config: LMUConfig) -> Architecture:
     }
     for name, value in unlike.items():
         if getattr(config, name) != value:
-            raise refuse(f"a model with {name}={getattr(config, name)!r}", f"its counterpart in Keras has {value!r}")
+            raise refuse(
+                f"a model with {name}={getattr(config, name)!r}",
+                f"LMUConfig describes models with {value!r} for conversion, from Keras' JSON others too",
+            )
     lmus = []
     for index in range(config.num_hidden_layers):
         theta = config.layer_theta(index)

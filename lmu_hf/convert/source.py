@@ -332,12 +332,16 @@ def _clean(name: str) -> str:
 
 
 def _named_layers(weights: Any, path: Path) -> list[StoredLayer]:
-    layers = []
-    for name in _names(weights, "layer_names", path):
+    layers, count = [], 0
+    listed = _names(weights, "layer_names", path)
+    if len(set(listed)) != len(listed):
+        raise InputError(f"{path}: a layer is listed twice; that is no checkpoint")
+    for name in listed:
         group = _child(weights, name, path)
         names = _names(group, "weight_names", path)
-        if len(names) > MAX_OBJECTS:
-            raise InputError(f"{path}: {name}: {len(names):,} weights; that is no checkpoint")
+        count += len(names)
+        if count > MAX_OBJECTS:
+            raise InputError(f"{path}: more than {MAX_OBJECTS:,} weights; that is no checkpoint")
         if names:
             layers.append(StoredLayer(name, [_stored(_child(group, n, path), _clean(n), path) for n in names]))
     return layers

@@ -91,8 +91,12 @@ def softmax(classes=4):
     return layers.Dense(classes, activation="softmax")
 
 
+def both(cell, **kwargs):
+    return layers.Bidirectional(rnn(cell, **kwargs))
+
+
 def models():
-    """name -> (input size, layers, loss)."""
+    """name -> (input size, layers, loss); a negative size is a number of tokens."""
     if OLDEST:
         return {
             "zoh": (3, lambda: [old(), softmax()], "categorical_crossentropy"),
@@ -150,6 +154,28 @@ def models():
             "mse",
         ),
     }
+    made |= {
+        "gru_reset_before": (3, lambda: [rnn(layers.GRUCell(5, reset_after=False), **H2M), softmax()], "mse"),
+        "lstm_hard": (3, lambda: [rnn(layers.LSTMCell(5, recurrent_activation="hard_sigmoid")), softmax()], "mse"),
+        "bidirectional": (
+            3,
+            lambda: [
+                both(layers.LSTMCell(5), sequences=True, **H2M),
+                both(layers.LSTMCell(5), theta=14.0, **H2M),
+                softmax(),
+            ],
+            "mse",
+        ),
+        "bidirectional_steps": (3, lambda: [both(layers.GRUCell(5), sequences=True), softmax()], "mse"),
+        "backwards": (
+            3,
+            lambda: [layers.RNN(package.LMUCell(2, 6, 9.0, layers.SimpleRNNCell(5)), go_backwards=True), softmax()],
+            "mse",
+        ),
+        "tokens": (-17, lambda: [layers.Embedding(17, 4), rnn(layers.LSTMCell(5), **I2H), softmax()], "mse"),
+        "nested": (3, lambda: [keras.Sequential([rnn(layers.SimpleRNNCell(5))]), softmax()], "mse"),
+        "steps_softmax": (3, lambda: [lmu(layers.SimpleRNNCell(5), sequences=True), softmax()], "mse"),
+    }
     if not FIRST:  # whose stacks fail in every TensorFlow that can still be installed
         made |= {
             "stacked_cells": (
@@ -194,7 +220,8 @@ def main(folder):
         steps = 784 if name.startswith("psmnist") else STEPS
         tf.keras.backend.clear_session()
         # Fixed lengths let the older packages choose their parallel form; the functional model is the other way to build.
-        inputs = keras.Input((steps if package.__version__ >= "0.9" or name.endswith("_ff") or steps == 784 else None, size))
+        length = steps if package.__version__ >= "0.9" or name.endswith("_ff") or steps == 784 else None
+        inputs = keras.Input((length, size) if size > 0 else (length,))
         try:
             parts = build()
             if seed % 2:
@@ -207,7 +234,8 @@ def main(folder):
         except Exception as error:  # some combinations of versions cannot make all models
             print(f"{VERSION}.{name}: not built: {str(error).splitlines()[0][:90]}")
             continue
-        x = (np.round(16 * rng.uniform(-1, 1, (BATCH, steps, size))) / 16).astype(np.float32)
+        x = np.round(16 * rng.uniform(-1, 1, (BATCH, steps, abs(size)))) / 16
+        x = (x if size > 0 else rng.integers(-size, size=(BATCH, steps))).astype(np.float32)
         randomise(model, rng)
         stem = folder / f"{VERSION}.{name}"
         if loss is not None:

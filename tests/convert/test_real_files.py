@@ -1,5 +1,6 @@
 """Files of the real packages, where somebody made them: see tests/convert/make_keras_checkpoints.py. Otherwise skipped."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 
 from lmu_hf.convert import export, from_keras
-from lmu_hf.errors import InputError
 
 FOLDER = Path(os.environ.get("LMU_HF_KERAS_FILES", "/nonexistent"))
 EXPORTS = os.environ.get("LMU_HF_KERAS_EXPORTS")
+# What keras-lmu 0.9 under Keras 3 has no counterpart of, or what export does not write.
+ONE_WAY = {"bidirectional", "bidirectional_steps", "backwards", "tokens", "lstm_hard"}
 STEMS = sorted(path.with_suffix("") for path in FOLDER.glob("*.npz"))
 
 
@@ -27,14 +29,13 @@ def test_outputs_are_those_of_the_original(stem):
         path = Path(f"{stem}{ending}")
         if not path.exists():
             continue
-        try:
-            conversion = from_keras(path, f"{stem}.json" if "weights" in ending else None)
-        except InputError as error:
-            assert "on every step has no counterpart" in str(error)  # noqa: PT017
-            pytest.skip(str(error))
+        config = json.loads(Path(f"{stem}.json").read_text())
+        # Keras 3 leaves its version out there.
+        config.setdefault("keras_version", stem.name.partition("-keras")[2].rsplit(".", 1)[0])
+        conversion = from_keras(path, config if "weights" in ending else None)
         np.testing.assert_allclose(conversion.predict(x), y, rtol=0, atol=tolerance, err_msg=ending)
         tried += 1
-        if EXPORTS and ending == ".h5":
+        if EXPORTS and ending == ".h5" and stem.name.rsplit(".", 1)[1] not in ONE_WAY:
             Path(EXPORTS).mkdir(parents=True, exist_ok=True)
             back = Path(EXPORTS) / stem.name
             export(conversion.model, f"{back}.keras")

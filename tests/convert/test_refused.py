@@ -213,6 +213,12 @@ def nan(path):
         file["model_weights/dense_9/dense_9/bias:0"][1] = np.nan
 
 
+def twice(path):
+    """Thousands of layers in a few bytes."""
+    with h5py.File(path, "r+") as file:
+        file["model_weights"].attrs["layer_names"] = ["rnn"] * 3000
+
+
 def missing(path):
     with h5py.File(path, "r+") as file:
         del file["model_weights/rnn/rnn/lmu_cell/kernel:0"]
@@ -259,6 +265,7 @@ DAMAGES = {
     strings: "floating point",
     nan: "finite",
     missing: "has no such weights",
+    twice: "listed twice",
     group_for_array: "found a group",
     bad_json: "expected JSON",
     deep_json: "expected JSON",
