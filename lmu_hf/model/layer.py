@@ -6,6 +6,7 @@ time (Chilkuri & Eliasmith 2021); otherwise step by step. Both give the same num
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .memory import ALGORITHMS, linear_memory, wants_gradient
 from .plan import Plan, make_plan
 from .ragged import blank, check_lengths, last_valid, pack, reverse, to_front, to_place, where_started
 from .recurrence import naive_recurrence, naive_scan
+from .segments import in_segments
 from .state import BidirectionalState, Dropout, LMUState, forget_
 from .stepper import LMUStepper
 from .weights import a_weight
@@ -45,6 +47,8 @@ class LMU(nn.Module):
         algorithm: how the memory is computed: "auto", "naive", "chunked", "fft", "final", "scan" or, where the state is fed
             back, "lookahead". A choice of this run that is not part of a checkpoint; may be set at any time. :meth:`explain`
             tells what "auto" chooses.
+        checkpoint_steps: for sequences whose activations do not fit into memory: training keeps only the state after every so
+            many time steps and computes what lies between once more, backwards. A choice of this run like ``algorithm``.
         **kwargs: the other arguments of :class:`LMUCell`.
 
     Raises:
@@ -68,6 +72,7 @@ class LMU(nn.Module):
         go_backwards: bool = False,
         bidirectional: bool = False,
         algorithm: str = "auto",
+        checkpoint_steps: int | None = None,
         **kwargs: Any,
     ):
         super().__init__()
@@ -90,6 +95,18 @@ class LMU(nn.Module):
         self.backward_cell = LMUCell(*arguments, **kwargs) if bidirectional else None
         self._state: LMUState | None = None
         self.algorithm = algorithm
+        self.checkpoint_steps = checkpoint_steps
+
+    @property
+    def checkpoint_steps(self) -> int | None:
+        """Time steps between the states that training keeps; None where it keeps everything."""
+        return self._checkpoint_steps
+
+    @checkpoint_steps.setter
+    def checkpoint_steps(self, steps: int | None) -> None:
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"checkpoint_steps: expected a whole number of time steps >= 1 or None, found {steps!r}")
+        self._checkpoint_steps = steps
 
     @property
     def algorithm(self) -> str:
@@ -248,7 +265,25 @@ class LMU(nn.Module):
     ) -> tuple[Tensor, LMUState]:
         """Runs one direction over rows whose valid steps come first."""
         state = cell.check_state(initial_state, x)
-        dropout, system = cell.sample_dropout(x), cell.system()
+        dropout = cell.sample_dropout(x)
+        steps = self.checkpoint_steps
+        if steps is None or x.shape[1] <= steps or not torch.is_grad_enabled():
+            return self._run_at_once(cell, dropout, return_sequences, x, state, lengths, initial_state is None)
+        run = partial(self._run_at_once, cell, dropout, return_sequences)
+        return in_segments(run, x, state, lengths, steps, return_sequence=return_sequences)
+
+    def _run_at_once(
+        self,
+        cell: LMUCell,
+        dropout: Dropout,
+        return_sequences: bool,
+        x: Tensor,
+        state: LMUState,
+        lengths: Tensor | None,
+        at_rest: bool = False,
+    ) -> tuple[Tensor, LMUState]:
+        """Runs one direction, planned as a whole; ``at_rest`` says that the state is known to be zero."""
+        system = cell.system()
         weights = None if x.shape[1] == 1 or self.algorithm == "naive" else gate_weights(cell.hidden_cell)
         plan = make_plan(
             cell,
@@ -276,7 +311,7 @@ class LMU(nn.Module):
             folds = plan.memory == "folded"
             return uncoupled_recurrence(cell, weights, x, u, state, lengths, system, plan.chunk, folds=folds, **sequence)
         # None rather than zeros where there is no state: its response need not be computed.
-        start = None if initial_state is None else state.memory
+        start = None if at_rest else state.memory
         hidden_cell = cell.hidden_cell
         all_states = return_sequences or self._hidden_is_recurrent
         memory, final_memory = linear_memory(u, system, start, lengths, return_sequence=all_states, algorithm=plan.memory)
@@ -318,6 +353,8 @@ class LMU(nn.Module):
             raise ValueError(f"explain: expected at least one row and one step, found batch={batch}, steps={steps}")
         cell = self.cell
         training = self.training if training is None else training
+        if training and self.checkpoint_steps is not None:
+            steps = min(steps, self.checkpoint_steps)
         like = a_weight(cell)
         rates = (cell.dropout, cell.recurrent_dropout)
         dropout = Dropout(*(like if training and rate else None for rate in rates))
