@@ -198,7 +198,7 @@ def test_signals_from_training_to_prediction(tmp_path):
         (["train", "training.learning_rate=abc"], "training.learning_rate: expected a number >= 0"),
         (["train", "training.per_device_train_batch_size=2.5"], "expected a whole number >= 1, found 2.5"),
         (["train", "training.metric_for_best_model=foo"], "metric_for_best_model: expected one of"),
-        (["train", "training.report_to=wandb"], "training: "),
+        (["train", "training.report_to=wandb"], "training.report_to: wandb is not installed; pip install wandb"),
         (["train", "training.resume_from_checkpoint=x"], "set by the run"),
         (["train", "training.push_to_hub=true"], "a run does not publish; use `lmu-hf push"),
         (["evaluate", "nowhere/at/all"], "model: nowhere/at/all could not be loaded"),

@@ -261,6 +261,8 @@ pytree.register_pytree_node(
     serialized_type_name=f"{LMUCache.__module__}.{LMUCache.__name__}",
     flatten_with_keys_fn=_flatten_with_keys,
 )
+# Such a program holds an example of its inputs, which torch.load reads without running code only if it knows their classes.
+torch.serialization.add_safe_globals([LMUCache, LMUState])
 
 
 def valid_steps(attention_mask: Tensor | None, batch: int, steps: int, cache: LMUCache | None = None) -> Tensor | None:
