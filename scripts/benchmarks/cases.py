@@ -43,3 +43,38 @@ CASES = {
         "peers": PEERS,
     },
 }
+
+# One size varies, the others stay.
+SCALING = {
+    "input_size": 1,
+    "memory_d": 1,
+    "order": 64,
+    "theta": 512,
+    "hidden": "rnn",
+    "hidden_size": 128,
+    "steps": 512,
+    "batch": 16,
+}
+SWEEPS = {
+    "steps": [64, 256, 1024, 4096, 16384],
+    "order": [4, 16, 64, 256, 512],
+    "memory_d": [1, 4, 16, 64],
+    "batch": [1, 4, 16, 64, 256],
+}
+
+# Long sequences, for what a training step holds in memory.
+LONG = {**PSMNIST, "batch": 32}
+FOOTPRINTS = {
+    **{
+        f"{name}-{steps}": {**LONG, **more, "steps": steps}
+        for steps in (4096, 16384)
+        for name, more in {
+            "memory-all": {"hidden": None, "sequence": True, "peers": []},
+            "memory-last": {"hidden": None, "sequence": False, "peers": []},
+            "uncoupled": {"coupled": False, "peers": ["nn.RNN", "nn.LSTM"]},
+            "coupled": {"coupled": True, "peers": ["nn.RNN", "nn.LSTM"]},
+        }.items()
+    },
+    # The last output only, so that nothing as long as the sequence has to exist; ours, whole and in segments.
+    "coupled-100000": {**LONG, "coupled": True, "sequence": False, "steps": 100_000, "peers": [], "segments": 2048},
+}
