@@ -1,7 +1,7 @@
-"""The table of results in README.md, made from the committed records.
+"""The tables of results and of speed in README.md, made from the committed records.
 
-scripts/results_table.py            # writes it
-scripts/results_table.py --check    # fails if it is not what the records say
+scripts/results_table.py            # writes them
+scripts/results_table.py --check    # fails if they are not what the records say
 scripts/results_table.py --of runs/*/result.json    # mean and standard deviation of these
 """
 
@@ -14,7 +14,8 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results: made by scripts/results_table.py -->", "<!-- end of results -->"
+BENCHMARKS = ROOT / "scripts" / "benchmarks" / "results"
+BEGIN, END = "<!-- {}: made by scripts/results_table.py -->", "<!-- end of {} -->"
 HEAD = (
     "| task | model | parameters | measure | test part, per seed | mean ± sd | published | run it |",
     "|---|---|---|---|---|---|---|---|",
@@ -58,6 +59,65 @@ def table(records, published):
     return "\n".join(lines)
 
 
+def measured(part):
+    """The results of a part of the benchmarks, with the median of each contender."""
+    content = json.loads((BENCHMARKS / f"{part}.json").read_text(encoding="utf-8"))["results"]
+    return {
+        name: (result.get("title", name), {who: statistics.median(runs) for who, runs in result.get("runs", result).items()})
+        for name, result in content.items()
+    }
+
+
+def rows(head, found, contenders, cell):
+    """A table with a row per case and a column per contender; ``cell``: (its median, that of ours) -> text."""
+    lines = [f"| {head} | " + " | ".join(contenders.values()) + " |", "|---" * (1 + len(contenders)) + "|"]
+    for title, medians in found:
+        cells = [cell(medians[who], medians["ours"], who) if who in medians else "" for who in contenders]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def speed():
+    """Three tables: time of training steps, time of single steps, memory."""
+    peers = {"nn.RNN": "nn.RNN", "nn.LSTM": "nn.LSTM", "nn.GRU": "nn.GRU"}
+    keras = {"keras-lmu": "keras-lmu 0.9.0", "keras-lmu XLA": "the same, XLA"}
+    training = rows(
+        "forward and backward",
+        measured("speed").values(),
+        {"ours": "ours, ms", "naive": "naive loop", **peers, **keras},
+        lambda value, ours, who: f"{value:.3g}" if who == "ours" else f"{value / ours:.2f}x",
+    )
+    streaming = rows(
+        "one step, batch 1, µs",
+        [(f"{name}, order 256, tanh 212", medians) for name, (_, medians) in measured("streaming").items()],
+        {
+            "ours": "ours",
+            "ours in Python": "ours without a compiler",
+            "nn.RNN": "nn.RNNCell",
+            "nn.LSTM": "nn.LSTMCell",
+            **keras,
+        },
+        lambda value, *_: f"{value:.0f}",
+    )
+    memories = [(name, medians) for name, (_, medians) in measured("footprint").items()]
+    memory = rows(
+        "training step, batch 32, MiB",
+        [(f"{name.rpartition('-')[0]}, T {int(name.rpartition('-')[2]):,}", own) for name, own in memories],
+        {"ours": "ours", "ours in segments": "ours, `checkpoint_steps`", "naive": "naive loop", **peers},
+        lambda value, *_: f"{value:.0f}",
+    )
+    return "\n\n".join((training, streaming, memory))
+
+
+def filled(text, name, content):
+    """The text with the part between the marks of this name replaced."""
+    begin, end = BEGIN.format(name), END.format(name)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"results_table: expected one {begin!r} and one {end!r} in README.md")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the table is out of date")
@@ -79,14 +139,11 @@ def main():
     records = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in files}
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"results_table: expected one {BEGIN!r} and one {END!r} in README.md")
-    before, rest = text.split(BEGIN)
-    made = f"{before}{BEGIN}\n\n{table(records, published)}\n\n{END}{rest.split(END)[1]}"
+    made = filled(filled(text, "results", table(records, published)), "speed", speed())
     if made == text:
         return
     if arguments.check:
-        raise SystemExit("results_table: the table in README.md is not what model_cards says; run scripts/results_table.py")
+        raise SystemExit("results_table: a table in README.md is not what the records say; run scripts/results_table.py")
     readme.write_text(made, encoding="utf-8")
 
 

@@ -27,6 +27,9 @@ from .weights import a_weight
 if TYPE_CHECKING:
     from .lmu_cell import LMUCell
 
+# Multiply-adds that take as long as the calls that one product spares.
+_CALLS = 60_000
+
 
 class LMUStepper:
     """Streams of samples through one layer, with the weights as they are when this is made.
@@ -50,6 +53,7 @@ class LMUStepper:
             weights = gate_weights(cell.hidden_cell)
             like = a_weight(cell)
             self._like = like.new_empty(batch_size, cell.input_size).detach()
+            self._state = tuple(tensor.contiguous() for tensor in cell.initial_state(self._like).tensors())
             kind = "none" if cell.hidden_cell is None else None if weights is None else weights.kind
             if kind is not None and like.dtype in (torch.float32, torch.float64):
                 prepared = _prepare(cell, weights, like)
@@ -59,7 +63,6 @@ class LMUStepper:
             else:
                 self.loop = "step by step"
                 self._run = self._step_by_step(cell)
-        self.reset()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Feeds one sample per stream, (batch_size, input_size), and returns the outputs (batch_size, output_size).
@@ -88,10 +91,7 @@ class LMUStepper:
     def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
         """Starts all streams anew, or the given ones (an index or boolean tensor or list)."""
         with torch.inference_mode():
-            if rows is None:
-                self._state = tuple(tensor.contiguous() for tensor in self.cell.initial_state(self._like).tensors())
-            else:
-                forget_(self._state, rows)
+            forget_(self._state, range(self.batch_size) if rows is None else rows)
 
     def _step_by_step(self, cell: LMUCell) -> Callable[[Tensor], Tensor]:
         system = cell.system()
@@ -126,37 +126,75 @@ class LMUStepper:
         return run
 
     def _python(self, kind: str, *prepared: Any) -> Callable[[Tensor], Tensor]:
-        encoder, u_bias, A, B, weight, bias = prepared
-        cell, A, B = self.cell, A.mT, B[:, None]
-        dims, order = cell.memory_d, cell.order
-        activate = None if cell.encoder_act == "linear" else ACTIVATIONS[cell.encoder_act]
+        """Calls into torch cost more than their arithmetic here, so states and sample lie side by side in one row [m, x, h]."""
+        cell, like = self.cell, self._like
+        weight, bias = prepared[4:]
+        size = cell.state_sizes[0] if kind != "none" else 0
+        flat, inputs = cell.memory_d * cell.order, cell.input_size
+        row = like.new_zeros(len(like), flat + inputs + size)
+        memory, sample, output = row.tensor_split([flat, flat + inputs], dim=1)
+        self._state = (memory.view(-1, cell.memory_d, cell.order), *self._state[1:])
+        if size:
+            self._state = (self._state[0], output, *self._state[2:])
+        advance = self._advance(row, *prepared[:4])
         gates = None if kind == "none" else GATES[kind]
+        hidden = self._state[1:]
 
         def run(x: Tensor) -> Tensor:
-            memory, *hidden = self._state
-            flat = memory.view(-1, dims * order)
-            parts = [x, *hidden[: cell.hidden_to_memory], *([flat] if cell.memory_to_memory else [])]
-            row = torch.cat(parts, dim=1) if len(parts) > 1 else x
-            u = row @ encoder if u_bias is None else torch.addmm(u_bias, row, encoder)
+            sample.copy_(x)
+            memory.copy_(advance())
+            if gates is None:
+                return row.clone() if cell.input_to_hidden else memory.clone()
+            sums = row @ weight if bias is None else torch.addmm(bias, row, weight)
+            if gates.width == 1:
+                gates.activation(sums, sums)
+                output.copy_(sums)
+                return sums
+            kept = gates.allocate(hidden, 1)
+            gates(hidden, kept).step(0, sums)
+            for own, new in zip(hidden, kept, strict=False):
+                own.copy_(new[:, 0])
+            return kept[0][:, 0]
+
+        def run_on_cuda(x: Tensor) -> Tensor:
+            with full_float32(row):
+                return run(x)
+
+        return run_on_cuda if like.is_cuda else run
+
+    def _advance(self, row: Tensor, encoder: Tensor, u_bias: Tensor | None, A: Tensor, B: Tensor) -> Callable[[], Tensor]:
+        """A function that computes the next memory (batch_size, D * N) of a row [m, x, h]."""
+        cell = self.cell
+        dims, order, inputs = cell.memory_d, cell.order, cell.input_size
+        flat, A = dims * order, A.mT
+        # E in the order of the row, and the part of the row that it reads.
+        of_input, of_hidden, of_memory = encoder.tensor_split([inputs, cell.encoder_size])
+        encoder = torch.cat([of_memory, of_input, of_hidden])
+        end = flat + inputs + len(of_hidden)
+        read = row[:, end - len(encoder) : end]
+        activate = None if cell.encoder_act == "linear" else ACTIVATIONS[cell.encoder_act]
+        if activate is None and row.shape[1] <= order + _CALLS // flat:
+            # One product in place of three: [m, x, h] -> m'.
+            to_memory = torch.block_diag(*B.expand(dims, order)[:, None])
+            matrix = encoder.new_zeros(row.shape[1], flat)
+            matrix[end - len(encoder) : end] = encoder @ to_memory
+            matrix[:flat] += torch.block_diag(*A.expand(dims, order, order))
+            if u_bias is None:
+                return lambda: row @ matrix
+            constant = u_bias @ to_memory
+            return lambda: torch.addmm(constant, row, matrix)
+        memory, B = row[:, :flat], B[:, None]
+
+        def advance() -> Tensor:
+            u = read @ encoder if u_bias is None else torch.addmm(u_bias, read, encoder)
             if activate is not None:
                 u = activate(u)
-            with full_float32(memory):
-                if len(A) == 1:
-                    memory = torch.addmm(torch.mm(u.view(-1, 1), B[0]), memory.view(-1, order), A[0]).view_as(memory)
-                else:
-                    memory = torch.baddbmm(u.mT[..., None] * B, memory.transpose(0, 1), A).transpose(0, 1).contiguous()
-            self._state = (memory, *hidden)
-            flat = memory.view(-1, dims * order)
-            if gates is None:
-                return torch.cat([flat, x], dim=1) if cell.input_to_hidden else flat.clone()
-            row = torch.cat([flat, x, hidden[0]], dim=1)
-            sums = row @ weight if bias is None else torch.addmm(bias, row, weight)
-            kept = gates.allocate(tuple(hidden), 1)
-            gates(tuple(hidden), kept).step(0, sums)
-            self._state = (memory, *(new[:, 0] for new, _ in zip(kept, hidden, strict=False)))
-            return kept[0][:, 0].clone()
+            if len(A) == 1:
+                return torch.addmm(u.view(-1, 1) * B[0], memory.reshape(-1, order), A[0]).view(-1, flat)
+            by_dimension = memory.view(-1, dims, order).transpose(0, 1)
+            return torch.baddbmm(u.mT[..., None] * B, by_dimension, A).transpose(0, 1).flatten(1)
 
-        return run
+        return advance
 
 
 def check_streams(batch_size: int) -> int:

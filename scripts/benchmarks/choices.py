@@ -19,7 +19,7 @@ from lmu_hf.model.memory import linear_memory
 MEMORIES = [
     sizes
     for sizes in itertools.product((1, 8, 64, 512), (16, 128, 1024, 8192), (4, 8, 32, 128, 256))
-    if sizes[0] * sizes[1] * sizes[2] <= 1 << 25
+    if sizes[0] * sizes[1] * sizes[2] <= 1 << 23
 ]
 # Batch, steps, memory dimensions, order, hidden units of layers with a recurrent cell.
 LAYERS = [
