@@ -39,6 +39,8 @@ _NUMBERS = {
     "warmup_steps": (False, 0),
     "max_grad_norm": (False, 0),
     "label_smoothing_factor": (False, 0),
+    "adversarial_radius": (False, 0),
+    "adversarial_weight": (False, 1e-9),
     "dataloader_num_workers": (True, 0),
 }
 
@@ -52,7 +54,7 @@ class Experiment:
         task: ``{"name": ..., **options}`` of the task.
         model: fields of ``LMUConfig``; input size and labels come from the task. With ``model_type: recurrent`` those of
             ``lmu_hf.baselines.RecurrentConfig``.
-        training: fields of ``transformers.TrainingArguments``.
+        training: fields of ``transformers.TrainingArguments`` and of ``lmu_hf.adversarial.LMUTrainingArguments``.
         seed: of initialisation, data order and dropout.
     """
 
@@ -108,8 +110,7 @@ class Experiment:
         return experiment
 
     def _check_sections(self) -> None:
-        from transformers import TrainingArguments
-
+        from .adversarial import LMUTrainingArguments
         from .baselines import CONFIGS
         from .kinds import METRICS
 
@@ -117,7 +118,7 @@ class Experiment:
         if model_type not in CONFIGS:
             raise InputError(f"model.model_type: expected one of {list(CONFIGS)}, found {model_type!r}")
         _check_keys("model", self.model, ["model_type", *CONFIGS[model_type].__annotations__])
-        known = [f.name for f in fields(TrainingArguments) if f.init]
+        known = [f.name for f in fields(LMUTrainingArguments) if f.init]
         _check_keys("training", self.training, known)
         for name in _RESERVED:
             if name in self.training:
@@ -135,6 +136,10 @@ class Experiment:
                 with suppress(ValueError):
                     self.training[name] = float(value)
         _check_training(self.training)
+        if "adversarial_weight" in self.training and not self.training.get("adversarial_radius"):
+            raise InputError(
+                "training.adversarial_weight: weighs nothing without training.adversarial_radius; set that, or leave it out"
+            )
         metric = self.training.get("metric_for_best_model", "loss")
         if str(metric).removeprefix("eval_") not in METRICS:
             raise InputError(f"training.metric_for_best_model: expected one of {list(METRICS)}, found {metric!r}")

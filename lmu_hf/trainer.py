@@ -15,6 +15,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 
 from . import hub
+from .adversarial import SIGNAL, signal_of, steepest_step
 from .errors import HubError, InputError
 from .plots import draw
 from .record import TIMING, best_epoch, hardware, history, versions
@@ -34,6 +35,8 @@ _SETTINGS = (
     "weight_decay",
     "max_grad_norm",
     "label_smoothing_factor",
+    "adversarial_radius",
+    "adversarial_weight",
     "bf16",
     "fp16",
     "seed",
@@ -49,6 +52,8 @@ class LMUTrainer(Trainer):
 
     In time series it counts the values that are known. transformers' own Trainer divides the loss by the number of all, NaN
     and padding included, and so reports too little.
+
+    With :class:`lmu_hf.adversarial.LMUTrainingArguments` it can train on inputs that are moved against it.
 
     Raises:
         ValueError: ``hub_strategy`` asks to publish whole checkpoints, which hold the state of the optimizer.
@@ -70,6 +75,25 @@ class LMUTrainer(Trainer):
             # transformers counts every number that is not -100, also those that are not known, or padded.
             batch_samples = [_known(batch, every=model.config.return_sequences) for batch in batch_samples]
         return super()._get_num_items_in_batch(batch_samples, device)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        radius = getattr(self.args, "adversarial_radius", 0.0)
+        if not (radius and model.training):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        weight = self.args.adversarial_weight  # type: ignore[attr-defined]
+        signal = signal_of(inputs).detach().requires_grad_()
+        loss, outputs = super().compute_loss(model, {**inputs, SIGNAL: signal}, True, num_items_in_batch)
+        step = steepest_step(loss, signal, radius, keep_graph=weight < 1)
+        moved = {**inputs, SIGNAL: signal.detach() + step}
+        loss_there = super().compute_loss(model, moved, num_items_in_batch=num_items_in_batch)
+        loss = weight * loss_there + ((1 - weight) * loss if weight < 1 else 0)
+        return (loss, outputs) if return_outputs else loss
 
     def push_to_hub(  # type: ignore[override]
         self,

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
 from . import running
+from .adversarial import LMUTrainingArguments
 from .baselines import CONFIGS, class_of
 from .card import EXAMPLE, RESULT_FILE
 from .errors import InputError, first_line
@@ -250,7 +251,7 @@ def build_trainer(
         model_init: makes the model of a trial of a search.
 
     Raises:
-        InputError: TrainingArguments refuses a value.
+        InputError: LMUTrainingArguments refuses a value.
     """
     kind = KINDS[task.kind]
     settings = {
@@ -268,7 +269,7 @@ def build_trainer(
     settings.setdefault("greater_is_better", metric in GREATER_IS_BETTER)
     check_trackers(settings["report_to"])
     try:
-        arguments = TrainingArguments(
+        arguments = LMUTrainingArguments(
             output_dir=str(run.checkpoints), seed=experiment.seed, data_seed=experiment.seed, **settings
         )
         trainer = LMUTrainer(

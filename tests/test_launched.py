@@ -51,11 +51,17 @@ ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
 ACCELERATE += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_are_like_one(launcher, tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "settings"),
+    [(TORCHRUN, []), (ACCELERATE, []), (TORCHRUN, ["training.adversarial_radius=0.5"])],
+    ids=["torchrun", "accelerate", "adversarial"],
+)
+def test_two_processes_are_like_one(launcher, settings, tmp_path):
     write(tmp_path)
-    one = train(Experiment.read(tmp_path / "config.yaml"), tmp_path / "one", str(tmp_path / "data"), progress=False)
-    half = ["training.per_device_train_batch_size=16", "training.per_device_eval_batch_size=8"]
+    one = train(
+        Experiment.read(tmp_path / "config.yaml", settings), tmp_path / "one", str(tmp_path / "data"), progress=False
+    )
+    half = [*settings, "training.per_device_train_batch_size=16", "training.per_device_eval_batch_size=8"]
     # No --output: the processes agree on a folder.
     finished = launch(launcher, "train", "config.yaml", *half, "--data", "data", "--no-progress", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
