@@ -118,16 +118,19 @@ def train(
 
 
 def _experiment(config: str | None, overrides: list[str] | None, seed: int | None) -> Any:
-    overrides = list(overrides or [])
-    if config is not None and "=" in config:
-        overrides.insert(0, config)
-        config = None
+    config, overrides = _split(config, overrides)
     if seed is not None:
         overrides.append(f"seed={seed}")
 
     from .experiment import Experiment
 
     return Experiment.read(config or str(files("lmu_hf") / "tasks" / "digits.yaml"), overrides)
+
+
+def _split(config: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+    """The file, if one is named, and the overrides."""
+    overrides = list(overrides or [])
+    return (None, [config, *overrides]) if config is not None and "=" in config else (config, overrides)
 
 
 def _output_dir(output: str | None, name: str, experiment: Any) -> Path:
@@ -180,14 +183,22 @@ def search(
 @_kind
 def evaluate(
     model_dir: ModelDir,
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="Whose task to take in place of the model's own.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="The task, such as task.name=psmnist, or changes to it."),
+    ] = None,
     data: Data = None,
     part: Annotated[str, typer.Option(help="train, validation, test, or all for every row of the data.")] = "test",
     as_json: AsJson = False,
 ) -> None:
-    """Score a trained model on a part of its task."""
+    """Score a trained model on a part of its task; a model without one, such as a converted one, on the task that is named."""
     from .evaluation import evaluate as run
 
-    scores = run(model_dir, part, data)
+    config, overrides = _split(config, overrides)
+    scores = run(model_dir, part, data, config, overrides)
     if as_json:
         typer.echo(json.dumps(scores))
         return

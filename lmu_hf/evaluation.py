@@ -15,7 +15,7 @@ from .baselines import class_of
 from .card import RESULT_FILE
 from .errors import InputError
 from .experiment import Experiment
-from .kinds import KINDS, score
+from .kinds import KINDS, same_labels, score
 from .launched import lone_environment
 from .model.processing_lmu import LMUFeatureExtractor, LMUImageProcessor
 from .tasks import TaskData, load_task
@@ -27,13 +27,24 @@ EVAL_BATCH = 500
 _HEADS = {kind.head.__name__: kind.head for kind in KINDS.values()}
 
 
-def evaluate(model_dir: str | Path, part: str = "test", data: str | None = None) -> dict[str, Any]:
-    """Scores a saved model on a part of the task that it was trained for.
+def evaluate(
+    model_dir: str | Path,
+    part: str = "test",
+    data: str | None = None,
+    config: str | Path | None = None,
+    overrides: list[str] | None = None,
+) -> dict[str, Any]:
+    """Scores a saved model on a part of a task: that of its ``result.json``, or a given one.
+
+    A model that came without processor, such as a converted one, gets the inputs that the task makes for new models; one whose
+    labels have no names gets those of the task.
 
     Args:
-        model_dir: folder of the model, with its ``result.json``.
+        model_dir: folder of the model, or its id on the Hub.
         part: "train", "validation", "test", or "all" for every row of the data.
         data: as for :func:`train`.
+        config: a YAML file whose task to take.
+        overrides: changes to it, or to the task of ``result.json``; or all of it: ``["task.name=psmnist"]``.
 
     Returns:
         task, kind, part, labels (names of classes or of values), and what :func:`lmu_hf.kinds.score` returns.
@@ -43,20 +54,16 @@ def evaluate(model_dir: str | Path, part: str = "test", data: str | None = None)
     """
     if part not in (*PARTS, ALL):
         raise InputError(f"part: expected one of {[*PARTS, ALL]}, found {part!r}")
-    model, processor = load_model(model_dir)
-    path = Path(model_dir) / RESULT_FILE
-    if not path.is_file():
-        raise InputError(f"model: {model_dir} has no {RESULT_FILE}, which names the task; evaluate needs one")
-    try:
-        experiment = Experiment.from_dict(json.loads(path.read_text(encoding="utf-8"))["experiment"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"model: {path} is damaged: {' '.join(str(error).split())}") from error
+    # A task that is recorded was learned through a processor, which must not be made anew because it got lost.
+    recorded = config is None and not overrides and (Path(model_dir) / RESULT_FILE).is_file()
+    model, processor = load_model(model_dir, needs_processor=recorded)
+    experiment = _experiment(model_dir, config, overrides)
     task = task_of(experiment, data, processor)
     if task.input_size not in (None, model.config.input_size):
         raise InputError(
             f"data: expected {model.config.input_size} features per step, as the model was trained on, found {task.input_size}"
         )
-    if (names := model.config.label_names) != task.label_names:
+    if not same_labels(names := model.config.label_names, task.label_names):
         raise InputError(f"data: expected the labels {names} that the model was trained on, found {task.label_names}")
     kind = KINDS[task.kind]
     if not isinstance(model, head := class_of(model.config, kind.head)):
@@ -64,7 +71,27 @@ def evaluate(model_dir: str | Path, part: str = "test", data: str | None = None)
             f"model: the task {task.name} is one of {kind.name}, which {head.__name__} does, found {_name(model)}"
         )
     scores = score(model, _part(task, part), kind, eval_batch(experiment), task.every)
-    return {"task": task.name, "kind": kind.name, "part": part, "labels": names, **scores}
+    return {"task": task.name, "kind": kind.name, "part": part, "labels": task.label_names, **scores}
+
+
+def _experiment(model_dir: str | Path, config: str | Path | None, overrides: list[str] | None) -> Experiment:
+    """The experiment whose task a model is scored on."""
+    if config is not None:
+        return Experiment.read(config, overrides)
+    path = Path(model_dir) / RESULT_FILE
+    if not path.is_file():
+        if overrides:
+            return Experiment.from_dict({}, overrides)
+        raise InputError(
+            f"model: {model_dir} has no {RESULT_FILE}, which would name the task; name it, for example task.name=psmnist"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))["experiment"]
+        return Experiment.from_dict(content, overrides)
+    except (ValueError, KeyError, TypeError) as error:
+        # What was typed is no damage of the file.
+        damaged = "" if overrides and isinstance(error, InputError) else f"model: {path} is damaged: "
+        raise InputError(f"{damaged}{' '.join(str(error).split())}") from error
 
 
 def task_of(experiment: Experiment, data: str | None, processor: Any = None) -> TaskData:
@@ -89,8 +116,12 @@ def _name(model: Any) -> str:
     return type(model).__name__
 
 
-def load_model(model_dir: str | Path) -> tuple[PreTrainedModel, Any]:
+def load_model(model_dir: str | Path, needs_processor: bool = True) -> tuple[PreTrainedModel, Any]:
     """Loads a model that a task can be scored with, and its processor, from a folder (or the Hub).
+
+    Args:
+        model_dir: the folder, or the id.
+        needs_processor: refuse a model without one; with False it is None then.
 
     Raises:
         InputError: there is no such model there.
@@ -102,7 +133,7 @@ def load_model(model_dir: str | Path) -> tuple[PreTrainedModel, Any]:
         config = AutoConfig.from_pretrained(str(model_dir))
         loaded: Any = _class(config).from_pretrained(str(model_dir), config=config, output_loading_info=True)
         model, report = loaded
-        processor = load_processor(model_dir)
+        processor = _processor(model_dir, needs_processor)
     except Exception as error:  # a damaged file can raise anything; each means that there is no usable model
         raise InputError(f"model: {model_dir} could not be loaded: {' '.join(str(error).split())[:300]}") from error
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -118,6 +149,15 @@ def _class(config: Any) -> type[PreTrainedModel]:
         if found in (name, (cls := class_of(config, head)).__name__):
             return cls
     raise ValueError(f"expected one of {sorted(_HEADS)}, found {found}")
+
+
+def _processor(model_dir: str | Path, needed: bool) -> Any:
+    try:
+        return load_processor(model_dir)
+    except OSError:
+        if needed:
+            raise
+        return None
 
 
 def load_processor(model_dir: str | Path) -> Any:

@@ -82,18 +82,19 @@ class Experiment:
             raise InputError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise InputError(f"config: expected a mapping with the keys {_keys()} in {path}, found {type(content).__name__}")
-        content = copy.deepcopy(content)
-        for override in overrides or []:
-            _apply(content, override)
-        return cls.from_dict(content)
+        return cls.from_dict(content, overrides)
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Experiment:
-        """Builds an experiment from a mapping, checking every key.
+    def from_dict(cls, content: dict[str, Any], overrides: list[str] | None = None) -> Experiment:
+        """Builds an experiment from a mapping, and overrides such as ``model.order=64``, checking every key.
 
         Raises:
             InputError: a key is unknown, reserved or missing.
         """
+        if overrides:
+            content = copy.deepcopy(content)
+            for override in overrides:
+                _apply(content, override)
         _check_keys("config", content, _keys())
         for section in ("task", "model", "training"):
             if not isinstance(content.get(section, {}), dict):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .errors import InputError
 from .evaluation import load_processor
 from .experiment import Experiment
-from .kinds import KINDS
+from .kinds import KINDS, same_labels
 from .model.configuration_lmu import LMUConfig
 from .model.modeling_lmu import LMUModel
 from .tasks import TaskData
@@ -88,8 +88,11 @@ class Base:
             raise InputError(f"model: {self.source}: weights and config.json do not fit, see {name}")
         whole: Any = model
         whole.model.load_state_dict(backbone.state_dict())
-        same = (self.config.architectures or [""])[0] == kind.head.__name__ and self._answers(self.config) == self._answers(
-            config
+        same = (
+            (self.config.architectures or [""])[0] == kind.head.__name__
+            and same_labels(self.config.label_names, config.label_names)
+            and self.config.problem_type in (None, config.problem_type)  # None leaves it to the labels
+            and self._answers(self.config) == self._answers(config)
         )
         if same:
             whole.load_state_dict(kind.head.from_pretrained(self.source).state_dict())
@@ -98,7 +101,7 @@ class Base:
 
     @staticmethod
     def _answers(config: LMUConfig) -> tuple[Any, ...]:
-        return config.label_names, config.problem_type, config.target_size, config.horizon, config.prediction_length
+        return config.target_size, config.horizon, config.prediction_length
 
     def _config(self, experiment: Experiment, task: TaskData, kind: Any) -> LMUConfig:
         if task.input_size not in (None, self.config.input_size):

@@ -219,6 +219,12 @@ def _short(values: Tensor) -> list[list[float | None]]:
     return [[None if value != value else float(f"{value:.4g}") for value in row] for row in values.tolist()]
 
 
+def same_labels(names: list[str], wanted: list[str]) -> bool:
+    """Whether a model's labels are those that a task wants. Labels that nobody named are known by their number alone."""
+    unnamed = [f"LABEL_{index}" for index in range(len(wanted))]
+    return names in (wanted, unnamed)
+
+
 class WeightedCrossEntropy:
     """Cross-entropy in which each class counts with a weight, as the ``loss_function`` of a classifier.
 

@@ -39,7 +39,7 @@ def pixel_order(name: str) -> list[int] | None:
 def load(
     data: str | None = None,
     processor: Any = None,
-    permutation: str = "keras-lmu",
+    permutation: str | None = None,
     image_mean: float = 0.0,
     image_std: float = 1.0,
     image_column: str = "image",
@@ -51,7 +51,7 @@ def load(
         data: folder with train*.parquet and test*.parquet (columns of images and labels), or an id on the Hub; None for
             ``ylecun/mnist``.
         processor: that of a trained model; made here when None.
-        permutation: "keras-lmu", "voelker2019" or "none".
+        permutation: "keras-lmu", "voelker2019" or "none"; None for that of the processor, or else "keras-lmu".
         image_mean: subtracted from the pixels in [0, 1].
         image_std: divided by after that.
         image_column: name of the column of images.
@@ -60,13 +60,16 @@ def load(
     tables = load_tables(data or HUB_ID, "psmnist")
     if missing := {"train", "test"} - set(tables):
         raise InputError(f"data: expected train*.parquet and test*.parquet, found no {sorted(missing)[0]} part in {data}")
-    order = pixel_order(permutation)
+    order = pixel_order("keras-lmu" if permutation is None else permutation)
     if processor is None:
         try:
             processor = LMUImageProcessor(permutation=order, image_mean=image_mean, image_std=image_std)
         except ValueError as error:
             raise InputError(f"task.{error}") from error
     check_processor(processor, LMUImageProcessor)
+    if permutation is not None and processor.permutation != order:
+        raise InputError(f"task.permutation: the model reads its pixels in another order than {permutation!r}; leave it out")
+    order = processor.permutation
     arrays: dict[str, tuple[Any, list[int]]] = {}
     for part in ("train", "test"):
         images = column(tables[part], part, image_column, "image")

@@ -71,7 +71,7 @@ class Made:
         self.order, self.theta, self.inputs = order, theta, inputs
         self.memory_d = 1 if generation == "2019" else options.pop("memory_d", 2)
         self.method = options.pop("method", "zoh")
-        self.classes = 3
+        self.classes = options.pop("classes", 3)
         self.reset_after, self.hard = options.pop("reset_after", True), options.pop("hard_sigmoid", False)
         if generation == "2019":
             self.hidden_bias = options.pop("hidden_bias", False)
