@@ -58,6 +58,7 @@ def _scaling(record: dict):
 
 def _speed(record: dict):
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullLocator
 
     results = record["results"]
     figure, axis = pyplot.subplots(figsize=(9, 0.62 * len(results) + 1.4), layout="constrained")
@@ -74,6 +75,9 @@ def _speed(record: dict):
             )
     axis.axvline(1, color=STYLES["ours"][0], linewidth=0.8, alpha=0.5)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set_yticks(range(len(results)), [result["title"] for result in results.values()], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("time of a training step, in multiples of ours (line: least to most)")
