@@ -175,6 +175,10 @@ def collect(model_dir: Path) -> tuple[dict[str, Path], list[str]]:
         elif path.name != CARD:
             left_out.append(path.name + ("/" if path.is_dir() else ""))
     config = read_mapping(files["config.json"])
+    if config.get("model_type") == "recurrent":
+        raise InputError(
+            f"model: {model_dir} holds a baseline, to compare with; baselines are not published, as they load with lmu-hf only"
+        )
     if config.get("model_type") != "lmu":
         raise InputError(f"model: expected a model of type 'lmu' in {model_dir}, found {config.get('model_type')!r}")
     if not any(_matches(name, ("model*.safetensors",)) for name in files):
@@ -216,6 +220,26 @@ def check_for_secrets(files: dict[str, Path], model_dir: Path, token: str | None
             for place in places:
                 if len(place) > 2 and place.encode() in content:
                     raise InputError(f"model: {name} names the local path {place} and is not published; remove it")
+        if name == RESULT_FILE or name.endswith("config.json"):
+            for word in _words(read_mapping(path)):
+                if len(word) > 2 and Path(word).is_absolute() and _exists(word):
+                    raise InputError(f"model: {name} names the local path {word} and is not published; remove it")
+
+
+def _words(content: Any) -> Iterator[str]:
+    """Every string in the content of a JSON file but the keys."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _words(value)
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # no path at all: too long, or with a null in it
+        return False
 
 
 @dataclass

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import lmu_hf
 from lmu_hf import LMUConfig, LMUFeatureExtractor, LMUForCausalLM, LMUForSequenceClassification, LMUModel
+from lmu_hf.baselines import RecurrentConfig, RecurrentForSequenceClassification
 from lmu_hf.card import BEGIN, END
 from lmu_hf.cli import app
 from lmu_hf.errors import InputError
@@ -281,6 +282,28 @@ def test_a_local_path_in_a_file_is_refused(hub, model, quick):
     assert refused.exit_code == 2
     assert "result.json names the local path" in refused.stderr
     assert "ada/digits" not in hub.repos
+
+
+@pytest.mark.parametrize("name", ["result.json", "config.json", "preprocessor_config.json"])
+def test_a_path_of_this_machine_is_refused_wherever_it_leads(hub, model, quick, name):
+    """Data and tokenizers lie anywhere, not only at home."""
+    elsewhere = lmu_hf.__path__[0]
+    content = json.loads((model / name).read_text())
+    (model / name).write_text(json.dumps({**content, "task": {"tokenizer": [elsewhere]}}))
+    refused = push(model, "digits")
+    assert refused.exit_code == 2
+    assert f"{name} names the local path {elsewhere}" in refused.stderr
+    (model / name).write_text(json.dumps({**content, "task": {"tokenizer": ["/nowhere/at all", "/", "a/b", "\0"]}}))
+    assert push(model, "digits").exit_code == 0
+
+
+def test_baselines_are_not_published(hub, tmp_path):
+    RecurrentForSequenceClassification(RecurrentConfig(cell="lstm", hidden_size=3)).save_pretrained(tmp_path)
+    refused = push(tmp_path, "lstm")
+    assert refused.exit_code == 2
+    assert "holds a baseline, to compare with" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert not hub.repos
 
 
 def test_wrong_names_tokens_and_folders(hub, model, quick, monkeypatch, tmp_path):

@@ -205,6 +205,8 @@ class DelaySystem:
     Attributes:
         Ad: state matrix (S, N, N), float64, CPU.
         Bd: input vector (S, N), float64, CPU.
+        longest: the longest theta, in time steps, where that tells how fast the memory forgets; None where it is trained, and
+            under Euler, which may forget as slowly as one likes.
     """
 
     def __init__(self, theta_inv: Tensor, order: int, discretizer: str = "zoh", *, key: tuple | None = None):
@@ -215,6 +217,9 @@ class DelaySystem:
         self.Ad, self.Bd = _Discretize.apply(theta_inv, order, discretizer)
         self.scales = len(theta_inv)
         self._key = key
+        self.longest: float | None = None
+        if key is not None and discretizer == "zoh":
+            self.longest = max(key[1]) if isinstance(key[1], tuple) else key[1]
         self._operators: OrderedDict[tuple, tuple[Tensor, ...]] = OrderedDict()
 
     def __reduce__(self) -> Any:

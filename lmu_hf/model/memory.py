@@ -30,6 +30,7 @@ from .costs import memory_algorithm, memory_chunk
 from .legendre import DelaySystem
 from .precision import exact_matmul, full_float32
 from .ragged import blank, check_lengths, last_valid, reverse, where_started
+from .traced import digits_that_matter, traced_final, traced_states
 
 ALGORITHMS = ("naive", "chunked", "fft", "final", "scan")
 
@@ -155,34 +156,20 @@ def memory_step(memory: Tensor, u: Tensor, Ad: Tensor, Bd: Tensor) -> Tensor:
 def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     inputs = fold_rows(u, system.scales)
     rows, steps = inputs.shape[0] * inputs.shape[1], inputs.shape[2]
+    memory = None if initial_state is None else fold_state(initial_state, system.scales)
+    if torch.compiler.is_compiling():  # tracers follow plain operations only
+        return _finish(_unfold_sequence(traced_states(inputs, memory, system), u.shape), initial_state, lengths)
     training = wants_gradient(inputs, initial_state, system.Ad)
     size = min(steps, memory_chunk(rows, steps, system.order, training=training, measured=measured(u)))
-    operator = system.chunk_operator(size, u.dtype, u.device)
-    memory = None if initial_state is None else fold_state(initial_state, system.scales)
-    # Tracers follow plain operations only.
-    run = _plain_chunks if torch.compiler.is_compiling() else _Chunks.apply
-    states = run(inputs, memory, operator, size)
+    states = _Chunks.apply(inputs, memory, system.chunk_operator(size, u.dtype, u.device), size)
     return _finish(_unfold_sequence(states, u.shape), initial_state, lengths)
 
 
-def _plain_chunks(inputs: Tensor, memory: Tensor | None, operator: Tensor, size: int) -> Tensor:
-    """inputs (S, R, T), memory before them (S, R, N) or None, and the operator of ``size`` steps -> states (S, R, T, N)."""
-    order = operator.shape[1] - size
-    row = inputs.new_zeros(*inputs.shape[:2], order) if memory is None else memory
-    chunks = []
-    for part in inputs.split(size, dim=2):
-        count = part.shape[2]
-        chunk = torch.cat([row, part], dim=2) @ operator[:, : order + count, : count * order]
-        row = chunk[..., -order:]
-        chunks.append(chunk)
-    return torch.cat(chunks, dim=2).unflatten(2, (inputs.shape[2], order))
-
-
 class _Chunks(torch.autograd.Function):
-    """:func:`_plain_chunks`, written straight to its place, and differentiated by hand.
+    """inputs (S, R, T), memory before them (S, R, N) or None, the operator of ``size`` steps, ``size`` -> states (S, R, T, N).
 
-    By hand because the backward pass is the forward pass transposed and needs no states, where autograd would keep, cut and sum
-    up tensors of the size of all states.
+    Chunk after chunk, [m_start, u_chunk] @ operator, written straight to its place and differentiated by hand: the backward pass
+    is the forward pass transposed and needs no states, where autograd would keep, cut and sum up tensors as large as all states.
     """
 
     @staticmethod
@@ -302,22 +289,28 @@ def _fft(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: 
 
 
 def _final(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[None, Tensor]:
-    steps = u.shape[1]
     # Newest first: m_T = sum_k H[k] u[T-1-k], and rows that are shorter just end in zeros.
     newest_first = fold_rows(reverse(u, lengths), system.scales)
-    response = system.impulse_response(min(steps, _FINAL_SEGMENT), u.dtype, u.device)
+    run = traced_final if torch.compiler.is_compiling() else _final_of
+    final = unfold_state(run(newest_first, system), u.shape)
+    if initial_state is not None:
+        final = final + _advance(initial_state, system, u.shape[1], lengths)
+    return None, final
+
+
+def _final_of(newest_first: Tensor, system: DelaySystem) -> Tensor:
+    """The last state of a memory that began empty: inputs (S, R, T), from the last step to the first -> (S, R, N)."""
+    steps, dtype, device = newest_first.shape[2], newest_first.dtype, newest_first.device
+    response = system.impulse_response(min(steps, _FINAL_SEGMENT), dtype, device)
     memory: Tensor | None = None
     for start in reversed(range(0, steps, _FINAL_SEGMENT)):
         segment = newest_first[..., start : start + _FINAL_SEGMENT]
         update = exact_matmul(segment, response[:, : segment.shape[-1]])
         if memory is not None:
-            update = update + exact_matmul(memory, system.power(segment.shape[-1], u.dtype, u.device).mT)
+            update = update + exact_matmul(memory, system.power(segment.shape[-1], dtype, device).mT)
         memory = update
     assert memory is not None
-    final = unfold_state(memory, u.shape)
-    if initial_state is not None:
-        final = final + _advance(initial_state, system, steps, lengths)
-    return None, final
+    return memory
 
 
 _IMPLEMENTATIONS = {"naive": naive_linear_memory, "chunked": _chunked, "fft": _fft, "final": _final, "scan": _scan}
@@ -325,14 +318,18 @@ _IMPLEMENTATIONS = {"naive": naive_linear_memory, "chunked": _chunked, "fft": _f
 
 def _advance(memory: Tensor, system: DelaySystem, steps: int, lengths: Tensor | None) -> Tensor:
     """Ad^steps m, or Ad^length m per row: binary powers, so that any mix of lengths costs log2(T) products."""
-    folded = fold_state(memory, system.scales)
-    if lengths is None:
-        return unfold_state(exact_matmul(folded, system.power(steps, memory.dtype, memory.device).mT), memory.shape)
-    for bit in range(steps.bit_length()):
+    traced = torch.compiler.is_compiling()
+    if lengths is None and not traced:
+        power = system.power(steps, memory.dtype, memory.device)
+        return unfold_state(exact_matmul(fold_state(memory, system.scales), power.mT), memory.shape)
+    if lengths is None:  # in a graph the number of steps may be open
+        lengths = torch.full((memory.shape[0],), steps, device=memory.device)
+    digits = digits_that_matter(steps, system) if traced else steps.bit_length()
+    for bit in range(digits):
         power = system.power(1 << bit, memory.dtype, memory.device)
         advanced = unfold_state(exact_matmul(fold_state(memory, system.scales), power.mT), memory.shape)
         memory = torch.where((lengths >> bit & 1).bool()[:, None, None], advanced, memory)
-    return memory
+    return memory.masked_fill((lengths >> digits > 0)[:, None, None], 0) if traced else memory
 
 
 def _free_response(memory: Tensor, system: DelaySystem, steps: int) -> Tensor:

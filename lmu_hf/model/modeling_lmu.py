@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils import SAFE_WEIGHTS_NAME, ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -198,6 +199,9 @@ class LMUPreTrainedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True) and not os.path.isfile(save_directory):
             os.makedirs(save_directory, exist_ok=True)
             custom_object_save(home, save_directory)
+            if not self.state_dict():
+                # Of a model without weights transformers would write no file, and miss it when loading.
+                save_file({}, os.path.join(save_directory, SAFE_WEIGHTS_NAME), metadata={"format": "pt"})
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def explain(

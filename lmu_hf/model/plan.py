@@ -112,7 +112,9 @@ def make_plan(
     hidden = None if cell.hidden_cell is None else "at once"
     if recurrent:
         hidden = "step by step" if weights is None else _loop(like)
-    return Plan(memory, min(chunk, steps) if chunk else 0, hidden, because)
+    if torch.compiler.is_compiling():
+        return Plan(memory, chunk, hidden, because)  # a graph for any number of steps: do not look at it
+    return Plan(memory, min(chunk, steps), hidden, because)
 
 
 def unsupported(cell: LMUCell, weights: GateWeights | None, dropout: Dropout) -> str | None:

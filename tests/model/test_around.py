@@ -81,6 +81,32 @@ def test_layers_beside_adapters_are_trained_whole(tmp_path):
     assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
 
 
+@pytest.mark.parametrize("name", ["signal", "dense", "coupled"])
+def test_plain_stacks_are_trained_whole_beside_an_adapted_head(name, tmp_path):
+    """With a task type PEFT trains the head whole and finds no other linear layer; without one it adapts the head."""
+    with pytest.raises(ValueError, match="No modules were targeted"):
+        get_peft_model(
+            build(LMUForSequenceClassification, name), LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
+        )
+    base = build(LMUForSequenceClassification, name)
+    batch, targets = inputs(base), labels(base)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["score"], modules_to_save=["lmu"]))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**batch, labels=targets).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(tmp_path)
+    fresh = build(LMUForSequenceClassification, name)
+    before = fresh(**batch).logits
+    loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    assert (loaded(**batch).logits - before).abs().max() > 1e-3
+    # The layers came along, not only the head's adapter.
+    with loaded.disable_adapter():
+        torch.testing.assert_close(loaded(**batch).logits, before, rtol=0, atol=0)
+
+
 @pytest.fixture
 def torchao(monkeypatch):
     """torchao, which is kept apart from the environment."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import CLASSES, EVERY, build, config, cut, inputs, labels, padding, poison, tokenizer
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTimeSeriesPrediction,
@@ -53,6 +54,20 @@ def test_round_trip_bit_for_bit(cls, name, tmp_path):
         for block, exact in zip(loaded.model.layers, model.model.layers, strict=True):
             assert torch.equal(block.lmu.cell.A, exact.lmu.cell.A)
             assert torch.equal(block.lmu.cell.B, exact.lmu.cell.B)
+
+
+def test_a_model_without_weights_comes_back(tmp_path):
+    """A memory alone, fed with the signal itself: nothing to store, but nothing to miss either."""
+    model = LMUModel(LMUConfig(input_size=2, memory_d=2, order=4, theta=9, hidden_cell=None, kernel_initializer=None))
+    assert not model.state_dict()
+    x = torch.randn(2, 7, 2)
+    model.save_pretrained(tmp_path)
+    for loaded in (
+        LMUModel.from_pretrained(tmp_path),
+        AutoModel.from_pretrained(tmp_path, dtype=torch.float32),
+        AutoModel.from_pretrained(tmp_path, device_map={"": "cpu"}),
+    ):
+        assert torch.equal(loaded(input_values=x).last_hidden_state, model(input_values=x).last_hidden_state)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -105,6 +105,28 @@ def test_models_export_for_batches_of_any_size(cls, name):
         torch.testing.assert_close(exported(**some)[0], model(**some)[0], **ROUNDING)
 
 
+@pytest.mark.parametrize(
+    ("cls", "name", "masked"),
+    [(LMUForSequenceClassification, *rest) for rest in (("dense", False), ("dense", True), ("residual", True))]
+    + [(cls, "residual_last", True) for cls in tiny.CLASSES if cls is not LMUForSequenceClassification],
+)
+def test_models_export_for_sequences_of_any_length(cls, name, masked):
+    model = tiny.build(cls, name).double()
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
+
+    def given(rows, steps):
+        inputs = {key: v.double() if v.is_floating_point() else v for key, v in tiny.inputs(model, rows, steps).items()}
+        return {**inputs, "attention_mask": torch.rand(rows, steps) < 0.7} if masked else inputs
+
+    example = given(3, 15)
+    shapes = {key: {0: batch, 1: time} for key in example}
+    exported = torch.export.export(model, (), {**example, "use_cache": False}, dynamic_shapes={**shapes, "use_cache": None})
+    for rows, steps in ((2, 2), (3, 40), (2, 333)):
+        some = {**given(rows, steps), "use_cache": False}
+        # float64, so that nothing but rounding fits in, however long the sequence.
+        torch.testing.assert_close(exported.module()(**some)[0], model(**some)[0], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["signal", "coupled", "deep", "mean", "both_ways"])
 def test_recurrent_models_export(name):
     model = tiny.build(LMUForSequenceClassification, name)
