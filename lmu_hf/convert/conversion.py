@@ -83,6 +83,9 @@ def verify(conversion: Conversion, data: str | Path, tolerance: float = TOLERANC
         raise InputError(f"{data}: expected an .npz file of numbers with x and y: {str(error)[:100]}") from error
     if x.dtype.kind not in "fiu" or y.dtype.kind not in "fiu":
         raise InputError(f"{data}: expected numbers in x and y, found {x.dtype} and {y.dtype}")
+    for name, array in (("x", x), ("y", y)):
+        if not np.isfinite(array).all():
+            raise InputError(f"{data}: {name}: expected finite numbers, found NaN or infinity")
     try:
         found = conversion.predict(x.astype(np.float64 if conversion.model.dtype == torch.float64 else np.float32))
     except (ValueError, IndexError) as error:

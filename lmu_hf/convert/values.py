@@ -53,7 +53,7 @@ def read_regularizer(value: Any, what: str) -> dict[str, Any]:
     """A regularizer as LMUConfig has it."""
     name = class_name(value).lower() if isinstance(value, dict) else str(value).lower()
     factors = config_of(value) if isinstance(value, dict) else {}
-    used = {key: float(factors[key]) for key in ("l1", "l2") if factors.get(key)}
+    used = {key: float(read_number(factors, key, what)) for key in ("l1", "l2") if factors.get(key)}
     if name not in ("l1", "l2", "l1l2", "l1_l2"):
         raise refuse(what, f"expected L1, L2 or L1L2, found {name!r}")
     return {"name": "l1_l2" if name in ("l1l2", "l1_l2") else name, **used}
@@ -87,7 +87,7 @@ def read_number(config: dict[str, Any], key: str, what: str) -> float:
     """A number of a configuration."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
-        raise InputError(f"{what}: {key}: expected a number, found {value!r}")
+        raise InputError(f"{what}: {key}: expected a number >= 0, below 1e12, found {value!r}")
     return value
 
 
