@@ -49,8 +49,8 @@ def build_model(architecture: Architecture, weights: Weights) -> LMUPreTrainedMo
     with torch.random.fork_rng(devices=[]):
         model = target(config)
     model.to(dtype)  # type: ignore[arg-type]  # transformers wraps it in a way that hides its signature
-    if not arrays:
-        raise refuse("the model", "its LMUs have no weights at all, neither kernel nor hidden cell")
+    if not arrays and head is None:
+        raise refuse("the model", "it has no weights at all, neither kernel nor hidden cell nor dense layer")
     prefix = "model." if head is not None else ""
     state: Arrays = {}
     for index, (lmu, values) in enumerate(zip(architecture.lmus, weights.lmus, strict=True)):

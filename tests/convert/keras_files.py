@@ -83,7 +83,8 @@ class Made:
             return (rng.normal(size=shape) * (0.7 / np.sqrt(shape[0]) if len(shape) > 1 else 0.3)).astype(np.float32)
 
         fed_back = units if options.get("hidden_to_memory") else 0
-        self.own = {"kernel": weight(inputs + fed_back, self.memory_d)}
+        has_kernel = options.get("kernel_initializer", "") is not None
+        self.own = {"kernel": weight(inputs + fed_back, self.memory_d)} if has_kernel else {}
         if options.get("use_bias"):
             self.own["bias"] = weight(self.memory_d)
         if options.get("trainable_theta"):
@@ -122,7 +123,7 @@ class Made:
         outputs = []
         for t in range(x.shape[1]):
             e = np.concatenate([x[:, t], states[0][0]], -1) if self.options.get("hidden_to_memory") else x[:, t]
-            u = e @ own["kernel"] + own.get("bias", 0)
+            u = (e @ own["kernel"] if "kernel" in own else e) + own.get("bias", 0)
             if "recurrent_kernel" in own:
                 u = u + m.reshape(len(x), -1) @ own["recurrent_kernel"]
             m = m @ ad.T + u[..., None] * bd

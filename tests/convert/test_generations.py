@@ -32,6 +32,7 @@ CASES = {
     "0.9 gru reset before": {"cells": ["GRU", "GRU"], "reset_after": False},
     "0.9 dense": {"cells": ["Dense"], "hidden_to_memory": True, "method": "euler", "theta": 20.0},
     "0.9 none": {"cells": [], "memory_to_memory": True},
+    "0.9 none without kernel": {"cells": [], "kernel_initializer": None, "memory_d": 3},
     "0.9 stack": {"cells": ["SimpleRNN", "GRU", "SimpleRNN"], "hidden_to_memory": True},
     "0.9 order 64": {"order": 64, "theta": 200.0, "memory_d": 1, **ALL},
 }
