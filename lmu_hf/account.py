@@ -9,6 +9,9 @@ from .description import Kind, count, label_names
 
 _USES = {"train": "fitted the weights", "validation": "chose the epoch to keep", "test": "scored once, at the end"}
 
+# Tasks whose data come out of a formula, so that whoever trains again has the same.
+_COMPUTED = ("delay", "mackey_glass")
+
 
 def scores_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The scores of each part that has some."""
@@ -74,6 +77,8 @@ def data(result: dict[str, Any]) -> str:
     identifier = dataset.get("id")
     if identifier and identifier.partition("/")[0] != "sklearn":
         where = f", [{identifier}](https://huggingface.co/datasets/{identifier})"
+    elif result.get("experiment", {}).get("task", {}).get("name") in _COMPUTED:
+        where = ", computed by lmu-hf"
     else:
         where = "" if identifier else ", not published with this model"
     words = f"{dataset['name'][:1].upper()}{dataset['name'][1:]}{where}."
@@ -90,7 +95,8 @@ def training(result: dict[str, Any]) -> str:
     history, seconds, hardware = result.get("history", []), result.get("seconds", {}), result.get("hardware", {})
     words = f"Trained on {result['created'][:10]}" if "created" in result else "Trained"
     if history:
-        words += f" for {history[-1]['epoch']:g} epochs"
+        epochs = history[-1]["epoch"]
+        words += f" for {epochs:g} epoch{'' if epochs == 1 else 's'}"
     if "train" in seconds:
         words += f" in {_duration(seconds['train'])}"
     if hardware:

@@ -240,8 +240,16 @@ def test_card_of_published_results(path, digits_model, quick):
     card = card_of(digits_model, result=result)
     check_form(card)
     identifier = result["dataset"]["id"]
+    assert (", computed by lmu-hf. " in card) == (path.stem.partition("-")[0] in ("delay", "mackey"))
+    assert not re.search(r"\b1 epochs", card)
     assert ModelCard(card).data.datasets == ([identifier] if identifier else None)
     assert (f"[{identifier}](https://huggingface.co/datasets/{identifier})" in card) == (identifier is not None)
+
+
+def test_one_epoch_is_one(digits_model, quick):
+    result = json.loads((digits_model / "result.json").read_text())
+    card = card_of(digits_model, result={**result, "history": result["history"][:1]})
+    assert " for 1 epoch in " in card
 
 
 def test_a_true_base_model_is_named(digits_model, quick):
