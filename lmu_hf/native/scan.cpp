@@ -456,46 +456,56 @@ void with_width(int64_t order, const Function& function) {
   if constexpr (N > 1) return with_width<Function, N - 1>(order, function);
 }
 
+// Numbers in as few vectors of the processor as hold them: compilers split longer ones by way of memory.
 template <typename T, int Lanes>
 struct Numbers {
-  typedef T type __attribute__((vector_size(Lanes * sizeof(T))));
+  static constexpr int width = std::min<int>(Lanes, BYTES / sizeof(T)), parts = Lanes / width;
+  typedef T Part __attribute__((vector_size(width * sizeof(T)), aligned(sizeof(T))));
+  Part part[parts] = {};
+
+  T* begin() { return reinterpret_cast<T*>(part); }
+  const T* begin() const { return reinterpret_cast<const T*>(part); }
+  void add(const Numbers& other) {
+    for (int p = 0; p < parts; ++p) part[p] += other.part[p];
+  }
+  void add(const Numbers& other, T factor) {
+    for (int p = 0; p < parts; ++p) part[p] += other.part[p] * factor;
+  }
 };
 
 // S systems: the columns of A (N, N), or of its transpose, and B (N), each filled up to Lanes.
 template <typename T, int Lanes>
 struct Systems {
-  using Vec = typename Numbers<T, Lanes>::type;
-  std::vector<Vec> columns, inputs;
+  std::vector<Numbers<T, Lanes>> columns, inputs;
   Systems(const at::Tensor& A, const at::Tensor& B, bool transposed) {
     const int64_t scales = A.size(0), order = A.size(1);
     const auto a = A.accessor<T, 3>();
     const auto b = B.accessor<T, 2>();
     for (int64_t s = 0; s < scales; ++s) {
-      Vec input = {};
+      Numbers<T, Lanes> input;
       for (int64_t k = 0; k < order; ++k) {
-        Vec column = {};
-        for (int64_t n = 0; n < order; ++n) column[n] = transposed ? a[s][k][n] : a[s][n][k];
+        Numbers<T, Lanes> column;
+        for (int64_t n = 0; n < order; ++n) column.begin()[n] = transposed ? a[s][k][n] : a[s][n][k];
         columns.push_back(column);
-        input[k] = b[s][k];
+        input.begin()[k] = b[s][k];
       }
       inputs.push_back(input);
     }
   }
 };
 
-// sum + columns @ values, in two sums so that one addition need not wait for the other.
+// sum += columns @ values, in two sums so that one addition need not wait for the other.
 template <typename T, int Lanes, int Order>
-inline typename Numbers<T, Lanes>::type applied(
-    const typename Numbers<T, Lanes>::type* columns, const T* values, int64_t order, typename Numbers<T, Lanes>::type sum) {
+inline void apply(const Numbers<T, Lanes>* columns, const T* values, int64_t order, Numbers<T, Lanes>& sum) {
   const int64_t count = Order ? Order : order;
-  typename Numbers<T, Lanes>::type other = {};
+  Numbers<T, Lanes> other;
   int64_t k = 0;
   for (; k + 1 < count; k += 2) {
-    sum += columns[k] * values[k];
-    other += columns[k + 1] * values[k + 1];
+    sum.add(columns[k], values[k]);
+    other.add(columns[k + 1], values[k + 1]);
   }
-  if (k < count) sum += columns[k] * values[k];
-  return sum + other;
+  if (k < count) sum.add(columns[k], values[k]);
+  sum.add(other);
 }
 
 // Rows and memory dimensions never meet: calls function(row, first dimension, last) for parts of both.
@@ -516,21 +526,24 @@ void memory_forward(
   const int64_t steps = u.size(1), dims = u.size(2), order = B.size(1);
   with_type(u, [&](auto scalar) {
     using T = decltype(scalar);
+    const T *from = starts.data_ptr<T>(), *inputs = u.data_ptr<T>();
+    T* to = states.data_ptr<T>();
     with_width(order, [&](auto width) {
       constexpr int Lanes = decltype(width)::lanes, Order = decltype(width)::order;
-      using Vec = typename Numbers<T, Lanes>::type;
       const Systems<T, Lanes> systems(A, B, false);
       const bool shared = B.size(0) == 1;
+      const int64_t count = Order ? Order : order;
       over_memories(u.size(0), dims, [&](int64_t row, int64_t first, int64_t last) {
-        const T* before = starts.data_ptr<T>() + row * dims * order;
+        const T* before = from + row * dims * count;
         for (int64_t t = 0; t < steps; ++t) {
-          const T* input = u.data_ptr<T>() + (row * steps + t) * dims;
-          T* state = states.data_ptr<T>() + (row * steps + t) * dims * order;
+          const T* input = inputs + (row * steps + t) * dims;
+          T* state = to + (row * steps + t) * dims * count;
           for (int64_t d = first; d < last; ++d) {
             const int64_t s = shared ? 0 : d;
-            const Vec after = applied<T, Lanes, Order>(
-                &systems.columns[s * order], before + d * order, order, systems.inputs[s] * input[d]);
-            std::memcpy(state + d * order, &after, (Order ? Order : order) * sizeof(T));
+            Numbers<T, Lanes> after;
+            after.add(systems.inputs[s], input[d]);
+            apply<T, Lanes, Order>(&systems.columns[s * count], before + d * count, count, after);
+            std::memcpy(state + d * count, after.begin(), count * sizeof(T));
           }
           before = state;
         }
@@ -547,33 +560,34 @@ void memory_backward(
   const int64_t steps = grad_u.size(1), dims = grad_u.size(2), order = B.size(1);
   with_type(grad_u, [&](auto scalar) {
     using T = decltype(scalar);
+    const T* from = grads.data_ptr<T>();
+    T *to_starts = grad_starts.data_ptr<T>(), *to_u = grad_u.data_ptr<T>();
+    T* arrived = arriving ? arriving->data_ptr<T>() : nullptr;
     with_width(order, [&](auto width) {
       constexpr int Lanes = decltype(width)::lanes, Order = decltype(width)::order;
-      using Vec = typename Numbers<T, Lanes>::type;
       const Systems<T, Lanes> systems(A, B, true);
       const bool shared = B.size(0) == 1;
       const int64_t count = Order ? Order : order;
       over_memories(grad_u.size(0), dims, [&](int64_t row, int64_t first, int64_t last) {
-        std::vector<Vec> memory(last - first, Vec{});
+        std::vector<Numbers<T, Lanes>> memory(last - first);
         for (int64_t t = steps - 1; t >= 0; --t) {
           const int64_t at = (row * steps + t) * dims;
-          const T* grad = grads.data_ptr<T>() + at * order;
           for (int64_t d = first; d < last; ++d) {
             const int64_t s = shared ? 0 : d;
-            Vec now = {};
-            std::memcpy(&now, grad + d * order, count * sizeof(T));
-            now += memory[d - first];
-            T values[Lanes];
-            std::memcpy(values, &now, sizeof(now));
-            if (arriving) std::memcpy(arriving->data_ptr<T>() + (at + d) * order, values, count * sizeof(T));
+            Numbers<T, Lanes> now, earlier;
+            std::memcpy(now.begin(), from + (at + d) * count, count * sizeof(T));
+            now.add(memory[d - first]);
+            if (arrived) std::memcpy(arrived + (at + d) * count, now.begin(), count * sizeof(T));
+            const T *values = now.begin(), *input = systems.inputs[s].begin();
             T sum = 0;
-            for (int64_t n = 0; n < count; ++n) sum += values[n] * systems.inputs[s][n];
-            grad_u.data_ptr<T>()[at + d] = sum;
-            memory[d - first] = applied<T, Lanes, Order>(&systems.columns[s * order], values, order, Vec{});
+            for (int64_t n = 0; n < count; ++n) sum += values[n] * input[n];
+            to_u[at + d] = sum;
+            apply<T, Lanes, Order>(&systems.columns[s * count], values, count, earlier);
+            memory[d - first] = earlier;
           }
         }
-        T* start = grad_starts.data_ptr<T>() + row * dims * order;
-        for (int64_t d = first; d < last; ++d) std::memcpy(start + d * order, &memory[d - first], count * sizeof(T));
+        T* start = to_starts + row * dims * count;
+        for (int64_t d = first; d < last; ++d) std::memcpy(start + d * count, memory[d - first].begin(), count * sizeof(T));
       });
     });
   });
