@@ -69,7 +69,7 @@ def measured(part):
 
 
 def rows(head, found, contenders, cell):
-    """A table with a row per case and a column per contender; ``cell``: (its median, that of ours) -> text."""
+    """A table with a row per case and a column per contender; ``cell``: (its median, that of ours, its name) -> text."""
     lines = [f"| {head} | " + " | ".join(contenders.values()) + " |", "|---" * (1 + len(contenders)) + "|"]
     for title, medians in found:
         cells = [cell(medians[who], medians["ours"], who) if who in medians else "" for who in contenders]
@@ -78,35 +78,38 @@ def rows(head, found, contenders, cell):
 
 
 def speed():
-    """Three tables: time of training steps, time of single steps, memory."""
+    """Up to three tables, of the parts that were measured: time of training steps, time of single steps, memory."""
     peers = {"nn.RNN": "nn.RNN", "nn.LSTM": "nn.LSTM", "nn.GRU": "nn.GRU"}
     keras = {"keras-lmu": "keras-lmu 0.9.0", "keras-lmu XLA": "the same, XLA"}
-    training = rows(
-        "forward and backward",
-        measured("speed").values(),
-        {"ours": "ours, ms", "naive": "naive loop", **peers, **keras},
-        lambda value, ours, who: f"{value:.3g}" if who == "ours" else f"{value / ours:.2f}x",
-    )
-    streaming = rows(
-        "one step, batch 1, µs",
-        [(f"{name}, order 256, tanh 212", medians) for name, (_, medians) in measured("streaming").items()],
-        {
-            "ours": "ours",
-            "ours in Python": "ours without a compiler",
-            "nn.RNN": "nn.RNNCell",
-            "nn.LSTM": "nn.LSTMCell",
-            **keras,
-        },
-        lambda value, *_: f"{value:.0f}",
-    )
-    memories = [(name, medians) for name, (_, medians) in measured("footprint").items()]
-    memory = rows(
-        "training step, batch 32, MiB",
-        [(f"{name.rpartition('-')[0]}, T {int(name.rpartition('-')[2]):,}", own) for name, own in memories],
-        {"ours": "ours", "ours in segments": "ours, `checkpoint_steps`", "naive": "naive loop", **peers},
-        lambda value, *_: f"{value:.0f}",
-    )
-    return "\n\n".join((training, streaming, memory))
+    cells = {"ours": "ours", "ours in Python": "ours without a compiler", "nn.RNN": "nn.RNNCell", "nn.LSTM": "nn.LSTMCell"}
+    found = {part: measured(part) for part in ("speed", "streaming", "footprint") if (BENCHMARKS / f"{part}.json").exists()}
+    tables = []
+    if "speed" in found:
+        named = found["speed"].values()
+        tables.append(
+            rows("forward and backward", named, {"ours": "ours, ms", "naive": "naive loop", **peers, **keras}, factor)
+        )
+    if "streaming" in found:
+        named = [(f"{name}, order 256, tanh 212", medians) for name, (_, medians) in found["streaming"].items()]
+        tables.append(rows("one step, batch 1, µs", named, {**cells, "keras-lmu": keras["keras-lmu"]}, whole))
+    if "footprint" in found:
+        named = []
+        for name, (_, medians) in found["footprint"].items():
+            kind, _, steps = name.rpartition("-")
+            named.append((f"{kind}, T {int(steps):,}", medians))
+        ours = {"ours": "ours", "ours in segments": "ours, `checkpoint_steps`", "naive": "naive loop"}
+        tables.append(rows("training step, batch 32, MiB", named, {**ours, "nn.RNN": "nn.RNN", "nn.LSTM": "nn.LSTM"}, whole))
+    return "\n\n".join(tables)
+
+
+def factor(value, ours, who):
+    """Our milliseconds, and those of others in multiples of ours."""
+    return (f"{value:.0f}" if value >= 100 else f"{value:.3g}") if who == "ours" else f"{value / ours:.2f}x"
+
+
+def whole(value, ours, who):
+    """A number that is the same whoever it is of."""
+    return f"{value:.0f}"
 
 
 def filled(text, name, content):
