@@ -142,7 +142,8 @@ class LMUStepper:
 
         def run(x: Tensor) -> Tensor:
             sample.copy_(x)
-            memory.copy_(advance())
+            with full_float32(row):
+                memory.copy_(advance())
             if gates is None:
                 return row.clone() if cell.input_to_hidden else memory.clone()
             sums = row @ weight if bias is None else torch.addmm(bias, row, weight)
@@ -156,11 +157,7 @@ class LMUStepper:
                 own.copy_(new[:, 0])
             return kept[0][:, 0]
 
-        def run_on_cuda(x: Tensor) -> Tensor:
-            with full_float32(row):
-                return run(x)
-
-        return run_on_cuda if like.is_cuda else run
+        return run
 
     def _advance(self, row: Tensor, encoder: Tensor, u_bias: Tensor | None, A: Tensor, B: Tensor) -> Callable[[], Tensor]:
         """A function that computes the next memory (batch_size, D * N) of a row [m, x, h]."""
