@@ -146,7 +146,7 @@ class LMUStepper:
                 memory.copy_(advance())
             if gates is None:
                 return row.clone() if cell.input_to_hidden else memory.clone()
-            sums = row @ weight if bias is None else torch.addmm(bias, row, weight)
+            sums = torch.mm(row, weight) if bias is None else torch.addmm(bias, row, weight)
             if gates.width == 1:
                 gates.activation(sums, sums)
                 output.copy_(sums)
@@ -177,13 +177,13 @@ class LMUStepper:
             matrix[end - len(encoder) : end] = encoder @ to_memory
             matrix[:flat] += torch.block_diag(*A.expand(dims, order, order))
             if u_bias is None:
-                return lambda: row @ matrix
+                return lambda: torch.mm(row, matrix)
             constant = u_bias @ to_memory
             return lambda: torch.addmm(constant, row, matrix)
         memory, B = row[:, :flat], B[:, None]
 
         def advance() -> Tensor:
-            u = read @ encoder if u_bias is None else torch.addmm(u_bias, read, encoder)
+            u = torch.mm(read, encoder) if u_bias is None else torch.addmm(u_bias, read, encoder)
             if activate is not None:
                 u = activate(u)
             if len(A) == 1:
