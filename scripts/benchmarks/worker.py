@@ -107,25 +107,10 @@ class KerasContender:
         self.version = f"keras-lmu {keras_lmu.__version__}, tensorflow {tf.__version__}"
         hidden = {"rnn": keras.layers.SimpleRNNCell, "lstm": keras.layers.LSTMCell}.get(case.get("hidden"))
         coupled = case.get("coupled", False)
-        layer = keras_lmu.LMU(
-            case["memory_d"],
-            case["order"],
-            case["theta"],
-            hidden(case["hidden_size"]) if hidden else None,
-            hidden_to_memory=coupled,
-            memory_to_memory=coupled,
-            input_to_hidden=hidden is not None,
-            return_sequences=case.get("sequence", True),
-        )
-        self.cell = keras_lmu.LMUCell(
-            case["memory_d"],
-            case["order"],
-            case["theta"],
-            hidden(case["hidden_size"]) if hidden else None,
-            hidden_to_memory=coupled,
-            memory_to_memory=coupled,
-            input_to_hidden=hidden is not None,
-        )
+        sizes = (case["memory_d"], case["order"], case["theta"], hidden(case["hidden_size"]) if hidden else None)
+        connections = {"hidden_to_memory": coupled, "memory_to_memory": coupled, "input_to_hidden": hidden is not None}
+        layer = keras_lmu.LMU(*sizes, **connections, return_sequences=case.get("sequence", True))
+        self.build_cell = lambda: keras_lmu.LMUCell(*sizes, **connections)
         self.tf = tf
         size = (case["batch"], case["steps"], case["input_size"])
         self.x = tf.constant(np.random.default_rng(0).standard_normal(size), tf.float32)
@@ -144,7 +129,7 @@ class KerasContender:
             part.numpy()
 
     def streaming(self):
-        tf, cell = self.tf, self.cell
+        tf, cell = self.tf, self.build_cell()
         sample = self.x[:, 0]
         cell.build(sample.shape)
         step = tf.function(cell.call)
