@@ -12,7 +12,7 @@ For experiments only. They are no part of what is published: their checkpoints n
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -27,6 +27,7 @@ from .model.modeling_lmu import LMUModelOutput, LMUPreTrainedModel
 from .model.modeling_series import LMUForTimeSeriesPrediction
 from .model.ragged import blank, last_valid
 
+NOT_PUBLISHED = "a baseline, to compare with; baselines are not published, as they load with lmu-hf only"
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "lmu": LMU}
 
 
@@ -149,6 +150,10 @@ class _Recurrent(LMUPreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         PreTrainedModel.save_pretrained(self, save_directory, *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:  # type: ignore[override]
+        """Raises ValueError: baselines are not published."""
+        raise ValueError(f"this model is {NOT_PUBLISHED}")
 
     def regularization_loss(self) -> Tensor:
         return torch.zeros((), device=self.device)

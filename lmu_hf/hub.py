@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .baselines import NOT_PUBLISHED
 from .card import CARD, EXAMPLE, RESULT_FILE, is_draft, read_mapping, write_card
 from .errors import HubError, InputError, first_line
 from .plots import CONFUSION_MATRIX, LEARNING_CURVE, PREDICTIONS
@@ -176,9 +177,7 @@ def collect(model_dir: Path) -> tuple[dict[str, Path], list[str]]:
             left_out.append(path.name + ("/" if path.is_dir() else ""))
     config = read_mapping(files["config.json"])
     if config.get("model_type") == "recurrent":
-        raise InputError(
-            f"model: {model_dir} holds a baseline, to compare with; baselines are not published, as they load with lmu-hf only"
-        )
+        raise InputError(f"model: {model_dir} holds {NOT_PUBLISHED}")
     if config.get("model_type") != "lmu":
         raise InputError(f"model: expected a model of type 'lmu' in {model_dir}, found {config.get('model_type')!r}")
     if not any(_matches(name, ("model*.safetensors",)) for name in files):

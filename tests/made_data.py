@@ -1,10 +1,14 @@
-"""Small datasets made on the spot."""
+"""Small datasets, and a tokenizer, made on the spot."""
 
 import io
 
 import datasets
 import numpy as np
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 
 def write_images(path, labels, shape=(28, 28), column="image", seed=0):
@@ -24,3 +28,22 @@ def read_images(path):
     """The pixels (rows, height, width) of such a file."""
     table = datasets.Dataset.from_parquet(str(path), keep_in_memory=True).cast_column("image", datasets.Image(decode=False))
     return np.stack([np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))) for row in table])
+
+
+TEXT = "the a cat dog bird fish sees likes finds follows red blue big small old and or not here there ."
+
+
+def tokenizer(**kwargs):
+    """A tokenizer of some twenty words."""
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *TEXT.split()])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_input_names=["input_ids", "attention_mask"],
+        **kwargs,
+    )

@@ -12,12 +12,21 @@ import pytest
 import torch
 from hub_server import ADA, BOB, READER
 from huggingface_hub import HfApi
+from made_data import tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, pipeline
 from typer.testing import CliRunner
 
 import lmu_hf
-from lmu_hf import LMUConfig, LMUFeatureExtractor, LMUForCausalLM, LMUForSequenceClassification, LMUModel
+from lmu_hf import (
+    LMUConfig,
+    LMUFeatureExtractor,
+    LMUForCausalLM,
+    LMUForSequenceClassification,
+    LMUForTimeSeriesPrediction,
+    LMUForTokenClassification,
+    LMUModel,
+)
 from lmu_hf.baselines import RecurrentConfig, RecurrentForSequenceClassification
 from lmu_hf.card import BEGIN, END
 from lmu_hf.cli import app
@@ -147,6 +156,74 @@ def test_signals_down_both_ways(hub, quick, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", questions.append)
     assert pipeline("audio-classification", "ada/waves")(np.zeros(30))[0]["score"] > 0
     assert not questions
+
+
+# Everything but images, which test_up_and_down_both_ways takes.
+PIPELINES = """
+import json, sys, torch, transformers
+if hidden:
+    sys.modules["lmu_hf"] = None
+    options = {"trust_remote_code": True}
+else:
+    import lmu_hf
+    options = {}
+where = "transformers_modules." if hidden else "lmu_hf."
+found = {}
+for task, name, given in uses:
+    if task == "series":
+        model = transformers.AutoModelForTimeSeriesPrediction.from_pretrained(name, **options).eval()
+        processor = transformers.AutoFeatureExtractor.from_pretrained(name, **options)
+        inputs = processor([given, given[:-3]], return_tensors="pt")
+        with torch.inference_mode():
+            found[task] = model(**inputs)[0].tolist()
+    else:
+        pipe = transformers.pipeline(task, name, **options)
+        model = pipe.model
+        if task == "audio-classification":
+            import numpy
+            given = numpy.array(given)
+        found[task] = pipe(given, **({"max_new_tokens": 6, "do_sample": False} if task == "text-generation" else {}))
+    assert type(model).__module__.startswith(where), type(model)
+print(json.dumps(found, default=float))
+"""
+
+
+@pytest.mark.usefixtures("python_loop")  # which is all that travels
+def test_pipelines_down_both_ways(hub, quick, tmp_path):
+    """Sound, text, tokens, generation and series, up with their processors and down with and without lmu_hf: the same answers."""
+    words = tokenizer(padding_side="left")
+    wave = np.sin(np.arange(60) / 5).tolist()
+    text = "the cat sees a bird ."
+    sizes = {"memory_d": 2, "order": 5, "theta": [6, 20], "hidden_cell": "gru", "hidden_size": 6, "num_labels": 3}
+    reads = {
+        "vocab_size": len(words),
+        "pad_token_id": words.pad_token_id,
+        "eos_token_id": words.eos_token_id,
+        "input_size": 4,
+    }
+    kinds = [
+        ("audio-classification", LMUForSequenceClassification, {"input_size": 1}, LMUFeatureExtractor(), wave),
+        ("text-classification", LMUForSequenceClassification, reads, words, text),
+        ("token-classification", LMUForTokenClassification, reads, words, text),
+        ("text-generation", LMUForCausalLM, reads, words, text),
+        ("series", LMUForTimeSeriesPrediction, {"input_size": 1}, LMUFeatureExtractor(), wave),
+    ]
+    uses = []
+    for task, cls, more, processor, given in kinds:
+        torch.manual_seed(0)
+        cls(LMUConfig(**sizes, **more, initializer_range=0.3)).save_pretrained(tmp_path / task)
+        processor.save_pretrained(tmp_path / task)
+        pushed = push(tmp_path / task, task)
+        assert pushed.exit_code == 0, pushed.output
+        uses.append((task, f"ada/{task}", given))
+    found = []
+    for hidden in (False, True):
+        environment = hub.client(None, tmp_path / f"fresh-{hidden}")
+        found.append(json.loads(run_python(PIPELINES, environment, hidden=hidden, uses=uses).splitlines()[-1]))
+    assert found[0] == found[1]
+    assert set(found[0]) == {task for task, *_ in kinds}
+    assert len(found[0]["token-classification"]) == 6
+    assert found[0]["text-generation"][0]["generated_text"].startswith(text)
 
 
 def test_every_auto_class_is_in_auto_map(tmp_path):
@@ -298,7 +375,10 @@ def test_a_path_of_this_machine_is_refused_wherever_it_leads(hub, model, quick, 
 
 
 def test_baselines_are_not_published(hub, tmp_path):
-    RecurrentForSequenceClassification(RecurrentConfig(cell="lstm", hidden_size=3)).save_pretrained(tmp_path)
+    model = RecurrentForSequenceClassification(RecurrentConfig(cell="lstm", hidden_size=3))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="baselines are not published"):
+        model.push_to_hub("lstm")
     refused = push(tmp_path, "lstm")
     assert refused.exit_code == 2
     assert "holds a baseline, to compare with" in refused.stderr

@@ -10,17 +10,18 @@ step's sums: D + G if u is computed in the loop, otherwise G.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .compiled import SMALL_ORDER, available
+from .feedback import advance, feedback_backward, feedback_forward
 from .gates import GATES
 from .memory import fold_rows, fold_state, unfold_rows, unfold_state
 from .precision import full_float32
-from .scan import scan_class
+from .scan import ChunkOperators, scan_class
 
 State = tuple[Tensor, ...]
 
@@ -31,29 +32,6 @@ _NUMBERS = 1 << 20
 # On CUDA a cache of that kind does not exist and what counts is how few kernels are launched: 64 MiB at a time.
 _ROWS_CUDA = 1 << 14
 _NUMBERS_CUDA = 1 << 24
-
-
-class ChunkOperators(NamedTuple):
-    """The constant matrices of a chunk.
-
-    Attributes:
-        step: [u of the chunk so far, h] -> sums, ((C - 1) * D + H, W), or (H, W) where u is known in advance.
-        power: A^C (S, N, N).
-        response: A^(C-1-i) B (S, C, N).
-        fold: the memory at the start of a chunk -> its part of the chunk's sums (D * N, C * W).
-        from_u: the u of a chunk -> their part (C * D, C * W), beside ``fold`` where u is known in advance.
-        states: :meth:`DelaySystem.chunk_operator`, [memory at the start, u] -> memory after each step (S, N + C, C * N); with
-            ``read`` in place of ``fold`` and ``from_u``.
-        read: memory after a step -> its part of the sums of the step (D * N, W).
-    """
-
-    step: Tensor
-    power: Tensor | None = None
-    response: Tensor | None = None
-    fold: Tensor | None = None
-    from_u: Tensor | None = None
-    states: Tensor | None = None
-    read: Tensor | None = None
 
 
 def chunked_scan(
@@ -161,21 +139,14 @@ class _ChunkedScan(torch.autograd.Function):
         scratch = _Scratch(step)
         for first, length in sizes.segments():
             known = _known(_cut(given, first, length), weight, bias, (batch, length, width), scratch)
-            for index in range(first // chunk, (first + length) // chunk) if memory is not None else ():
-                assert starts is not None
-                at = index * chunk
-                starts[:, index] = memory.flatten(1)
-                if feedback:
-                    assert fold is not None
-                    part = known[:, at - first : at - first + chunk]
-                    with full_float32(step):
-                        part.view(batch, -1).addmm_(starts[:, index], fold)
-                    scan.forward(at, min(chunk, steps - at), part, u)
-                if at + chunk < total:
-                    memory = _advance(memory, u[:, at : at + chunk], operators)
             if feedback:
+                memory = feedback_forward(scan, first, known, u, starts, memory, operators)
                 continue
-            if starts is not None:
+            if memory is not None:
+                for at in range(first, first + length, chunk):
+                    starts[:, at // chunk] = memory.flatten(1)
+                    if at + chunk < total:
+                        memory = advance(memory, u[:, at : at + chunk], operators)
                 of_chunks = starts[:, sizes.of_chunks(first, length)].flatten(0, 1)
                 u_of_chunks = u[:, first : first + length].reshape(len(of_chunks), -1)
                 if operators.read is None:
@@ -202,7 +173,7 @@ class _ChunkedScan(torch.autograd.Function):
         states, kept = tuple(rest[: ctx.states]), tuple(rest[ctx.states :])
         sizes, feedback = ctx.sizes, ctx.feedback
         dims, chunk, steps = sizes.dims, sizes.chunk, sizes.steps
-        step, power, response, fold, from_u, _, read = tensors
+        step, power, _, fold, from_u, _, read = tensors
         needed = dict(
             zip(("given", "weight", "bias", "u", "memory", *operators._fields), ctx.needs_input_grad[3:], strict=False)
         )
@@ -217,7 +188,7 @@ class _ChunkedScan(torch.autograd.Function):
         inputs: Any = None  # gradient of u
         if dims:
             inputs = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
-        grad_memory: Tensor | None = None  # of the memory at the end of a chunk
+        grad_memory: Tensor | None = None  # of the memory at the end of a segment
         nothing = step.new_empty(batch, steps, 0)
         to_starts: Any
         scratch = _Scratch(step)
@@ -226,8 +197,13 @@ class _ChunkedScan(torch.autograd.Function):
             grad[:, max(steps - first, 0) :] = 0
             segment = slice(first, first + length)
             chunks = sizes.of_chunks(first, length)
-            to_starts = None
-            if not feedback:
+            if dims:
+                # Of the memory at the start of each chunk, and at the end of the last.
+                arrived = scratch.take("arrived", batch, chunks.stop - chunks.start + 1, starts.shape[2])
+                arrived[:, -1] = 0 if grad_memory is None else grad_memory
+            if feedback:
+                feedback_backward(scan, first, inputs, grad, grad_starts, arrived, operators)
+            else:
                 scan.backward(first, min(length, steps - first), nothing, grad)
                 if dims:
                     of_chunks = starts[:, chunks].flatten(0, 1)
@@ -242,33 +218,17 @@ class _ChunkedScan(torch.autograd.Function):
                         to_starts, to_u = _write_back(
                             grad.view(-1, width), of_chunks, u_of_chunks, operators, grads, scratch
                         )
-                    to_starts = to_starts.reshape(batch, -1, starts.shape[2])
                     inputs[:, segment] += to_u.reshape(batch, length, dims)
-            for index in reversed(range(chunks.start, chunks.stop)) if dims else ():
-                at = index * chunk
-                arriving = inputs[:, at : at + chunk]
-                if grad_memory is not None:
-                    # What the memory at the end of the chunk sends back to the u of the chunk.
-                    with full_float32(step):
-                        arriving += unfold_rows(fold_state(grad_memory, len(response)) @ response.mT, batch)
-                if to_starts is not None:
-                    start = to_starts[:, index - chunks.start]
-                else:
-                    part = grad[:, at - first : at - first + chunk]
-                    scan.backward(at, min(chunk, steps - at), arriving, part)
-                    with full_float32(step):
-                        start = part.view(batch, -1) @ fold.mT
-                if grad_starts is not None:
-                    start = start + grad_starts[:, index]
-                start = start.view(batch, dims, -1)
-                if grad_memory is not None:
-                    rows = fold_state(grad_memory, len(power))
-                    with full_float32(step):
-                        start = start + unfold_state(rows @ power, start.shape)
-                    if "power" in grads:
-                        grads["power"] += rows.mT @ fold_state(starts[:, index].view_as(start), len(power))
-                        grads["response"] += fold_rows(u[:, at : at + chunk], len(power)).mT @ rows
-                grad_memory = start
+                    if grad_starts is not None:
+                        to_starts = to_starts.reshape(batch, -1, starts.shape[2]) + grad_starts[:, chunks]
+                    _send_back(inputs[:, segment], to_starts, arrived, operators)
+            if dims:
+                if "power" in grads:
+                    ends = fold_state(arrived[:, 1:].reshape(-1, dims, starts.shape[2] // dims), len(power))
+                    before = fold_state(starts[:, chunks].reshape(-1, dims, starts.shape[2] // dims), len(power))
+                    grads["power"] += ends.mT @ before
+                    grads["response"] += fold_rows(u[:, segment].reshape(-1, chunk, dims), len(power)).mT @ ends
+                grad_memory = arrived[:, 0].clone()
             # The weights, while the gradient of the segment is at hand.
             flat, by_chunk = grad.view(-1, width), grad.view(-1, chunk * width) if dims else grad
             if "fold" in grads:
@@ -291,7 +251,7 @@ class _ChunkedScan(torch.autograd.Function):
             grads.get("weight"),
             grads.get("bias"),
             None if feedback else inputs,
-            grad_memory,
+            None if grad_memory is None else grad_memory.view(batch, dims, -1),
             *(grads.get(name) for name in operators._fields),
             *scan.initial_gradients(),
         )
@@ -329,14 +289,25 @@ def _before(initial: Tensor, hidden: Tensor, first: int, length: int) -> Tensor:
     return before if first else torch.cat([initial[:, None], before], dim=1)
 
 
-def _advance(memory: Tensor, u: Tensor, operators: ChunkOperators) -> Tensor:
-    """The memory a chunk later: m (B, D, N), u (B, C, D)."""
+def _send_back(grad_u: Tensor, to_starts: Tensor, arrived: Tensor, operators: ChunkOperators) -> None:
+    """The adjoint of a segment's :func:`advance`: adds what the memory at the end of each chunk sends back to u (B, L, D).
+
+    ``to_starts`` (M, D * N) is what reaches the memory at the start of each chunk from within it; ``arrived`` (B, L / C + 1,
+    D * N) takes all that reaches it, and holds in its last place what reaches the end of the segment.
+    """
     power, response = operators.power, operators.response
     assert power is not None
     assert response is not None
-    with full_float32(memory):
-        driven = fold_rows(u, len(power)) @ response
-        return unfold_state(torch.baddbmm(driven, fold_state(memory, len(power)), power.mT), memory.shape)
+    batch, places, _ = arrived.shape
+    to_starts = to_starts.reshape(batch, places - 1, -1)
+    states = arrived.unflatten(2, (-1, power.shape[1]))
+    with full_float32(power):
+        for index in reversed(range(places - 1)):
+            sent = unfold_state(fold_state(states[:, index + 1], len(power)) @ power, states[:, 0].shape)
+            torch.add(to_starts[:, index], sent.flatten(1), out=arrived[:, index])
+        ends = states[:, 1:].flatten(0, 1)
+        sent = unfold_rows(fold_state(ends, len(power)) @ response.mT, len(ends))
+        grad_u += sent.reshape(grad_u.shape)
 
 
 def _write(starts: Tensor, u: Tensor, operators: ChunkOperators, scratch: _Scratch) -> Tensor:

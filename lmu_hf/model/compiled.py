@@ -10,8 +10,8 @@ from torch import Tensor
 LARGEST_ORDER = 32
 SMALL_ORDER = 8
 
-# Columns to which the compiled loops want their matrices filled up; PAD in scan.cpp.
-_PAD = 16
+# Columns of a panel, as in scan.cpp.
+_PANEL = 16
 
 _load: Callable[[], bool] | None = None
 
@@ -31,6 +31,8 @@ def available(like: Tensor) -> bool:
     return _load is not None and _load()
 
 
-def filled_up(matrix: Tensor) -> Tensor:
-    """The matrix with zero columns, as many as the compiled loops may read past its end."""
-    return F.pad(matrix, (0, _PAD + -matrix.shape[-1] % _PAD))
+def panels(matrix: Tensor) -> Tensor:
+    """A matrix (..., K, W) as the compiled loops want it: (..., P, K, 16), cut into panels of columns, filled up with zeros."""
+    count = -(-matrix.shape[-1] // _PANEL)
+    filled = F.pad(matrix, (0, count * _PANEL - matrix.shape[-1]))
+    return filled.unflatten(-1, (count, _PANEL)).transpose(-3, -2).contiguous()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .cells import ACTIVATIONS
-from .compiled import available, filled_up
+from .compiled import available, panels
 from .folding import encoder_matrix
 from .gates import GATES, GateWeights, gate_weights
 from .precision import full_float32
@@ -115,7 +115,7 @@ class LMUStepper:
         elif bias is None:
             bias = weight.new_zeros(weight.shape[1])
         flags = (self.cell.hidden_to_memory, self.cell.memory_to_memory)
-        matrices = (filled_up(encoder), *flags, u_bias, filled_up(A.mT), B, filled_up(weight), bias)
+        matrices = (panels(encoder), *flags, u_bias, panels(A.mT), panels(B[:, None]), panels(weight), bias)
         step, size = torch.ops.lmu_hf.stream_step.default, self.cell.output_size
 
         def run(x: Tensor) -> Tensor:

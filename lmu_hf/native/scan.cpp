@@ -3,29 +3,31 @@
 // Rows of a batch never meet inside a chunk, so each thread takes some rows through all of its steps without waiting for the
 // others. The products are too thin for a BLAS call each: they are done here, on register blocks, with the matrix in cache.
 //
-// Names and formulas are those of lookahead.py and gates.py. Matrices come padded with zero columns to a multiple of PAD.
+// Names and formulas are those of lookahead.py and gates.py. Matrices come in panels, see Panels.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace {
 
-constexpr int64_t PAD = 16;
-constexpr int64_t TILE = 48;  // rows that go through the steps together
+constexpr int64_t PANEL = 16;
+constexpr int64_t TILE = 60;  // rows that go through the steps together
 
 #if defined(__AVX512F__)
-constexpr int64_t BYTES = 64, BLOCK = 16;  // of a vector; vectors of sums held in registers at a time
+constexpr int64_t BYTES = 64, BLOCK = 24;  // of a vector; vectors of sums held in registers at a time
 #elif defined(__AVX__)
-constexpr int64_t BYTES = 32, BLOCK = 8;
+constexpr int64_t BYTES = 32, BLOCK = 12;
 #else
-constexpr int64_t BYTES = 16, BLOCK = 8;
+constexpr int64_t BYTES = 16, BLOCK = 12;
 #endif
 
 // ---- products
@@ -41,9 +43,24 @@ struct Vector<double> {
   typedef double type __attribute__((vector_size(BYTES), aligned(8)));
 };
 
+// A matrix (inner, columns) cut into panels of PANEL columns, the last filled up with zeros, as a tensor (panels, inner, PANEL):
+// what a block of a product needs of it lies in one piece, or a few, whatever the width.
+template <typename T>
+struct Panels {
+  const T* data;
+  int64_t stride;  // from one panel to the next
+
+  Panels(const T* data, int64_t stride) : data(data), stride(stride) {}
+  explicit Panels(const at::Tensor& tensor) : Panels(tensor.data_ptr<T>(), tensor.size(1) * PANEL) {
+    TORCH_CHECK(tensor.is_contiguous() && tensor.size(2) == PANEL, "expected panels");
+  }
+  Panels from_row(int64_t row) const { return {data + row * PANEL, stride}; }
+  const T* column(int64_t column) const { return data + column / PANEL * stride + column % PANEL; }
+};
+
 // c (R, V vectors) += a (R, inner) @ b (inner, V vectors)
 template <typename T, int R, int V>
-__attribute__((noinline)) void block(int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride) {
+__attribute__((noinline)) void block(int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t panel, T* c, int64_t c_stride) {
   using Vec = typename Vector<T>::type;
   constexpr int64_t lanes = BYTES / sizeof(T);
   Vec sum[R][V];
@@ -51,7 +68,8 @@ __attribute__((noinline)) void block(int64_t inner, const T* a, int64_t a_stride
     for (int v = 0; v < V; ++v) sum[r][v] = *reinterpret_cast<const Vec*>(c + r * c_stride + v * lanes);
   for (int64_t k = 0; k < inner; ++k) {
     Vec row[V];
-    for (int v = 0; v < V; ++v) row[v] = *reinterpret_cast<const Vec*>(b + k * b_stride + v * lanes);
+    for (int v = 0; v < V; ++v)
+      row[v] = *reinterpret_cast<const Vec*>(b + k * PANEL + v * lanes / PANEL * panel + v * lanes % PANEL);
     for (int r = 0; r < R; ++r) {
       const T factor = a[r * a_stride + k];
       for (int v = 0; v < V; ++v) sum[r][v] += factor * row[v];
@@ -61,33 +79,45 @@ __attribute__((noinline)) void block(int64_t inner, const T* a, int64_t a_stride
     for (int v = 0; v < V; ++v) *reinterpret_cast<Vec*>(c + r * c_stride + v * lanes) = sum[r][v];
 }
 
+// Columns `done` to `width`; `done` is a multiple of V vectors.
 template <typename T, int R, int V>
 void columns(
-    int64_t width, int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c, int64_t c_stride) {
+    int64_t done, int64_t width, int64_t inner, const T* a, int64_t a_stride, const Panels<T>& b, T* c, int64_t c_stride) {
   constexpr int64_t lanes = BYTES / sizeof(T), span = V * lanes;
-  int64_t done = 0;
-  for (; done + span <= width; done += span) block<T, R, V>(inner, a, a_stride, b + done, b_stride, c + done, c_stride);
+  for (; done + span <= width; done += span)
+    block<T, R, V>(inner, a, a_stride, b.column(done), b.stride, c + done, c_stride);
   if constexpr (V > 1) {
-    if (done < width) columns<T, R, V / 2>(width - done, inner, a, a_stride, b + done, b_stride, c + done, c_stride);
+    if (done < width) columns<T, R, V / 2>(done, width, inner, a, a_stride, b, c, c_stride);
   } else if (done < width) {
     // Reads and writes up to a vector past the width; every buffer here has room for that.
-    block<T, R, 1>(inner, a, a_stride, b + done, b_stride, c + done, c_stride);
+    block<T, R, 1>(inner, a, a_stride, b.column(done), b.stride, c + done, c_stride);
   }
 }
 
 // c (rows, width) += a (rows, inner) @ b (inner, width)
-template <typename T, int R = 8>
+template <typename T>
 void product(
-    int64_t rows, int64_t width, int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
-    int64_t c_stride) {
+    int64_t rows, int64_t width, int64_t inner, const T* a, int64_t a_stride, const Panels<T>& b, T* c, int64_t c_stride) {
   if (inner == 0 || width == 0) return;
-  int64_t done = 0;
-  for (; done + R <= rows; done += R)
-    columns<T, R, std::min<int64_t>(BLOCK / R, 8)>(
-        width, inner, a + done * a_stride, a_stride, b, b_stride, c + done * c_stride, c_stride);
-  if constexpr (R > 1)
-    product<T, R / 2>(
-        rows - done, width, inner, a + done * a_stride, a_stride, b, b_stride, c + done * c_stride, c_stride);
+  const auto take = [&](auto count) {
+    constexpr int R = decltype(count)::value, most = std::min<int64_t>(BLOCK / R, 8);
+    constexpr int V = most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+    columns<T, R, V>(0, width, inner, a, a_stride, b, c, c_stride);
+    a += R * a_stride, c += R * c_stride, rows -= R;
+  };
+  while (rows > 0) {
+    // As many rows at a time as share each vector of b from registers, and no single row left over where it can be helped.
+    if (rows >= 6 && rows != 7 && rows != 8 && rows != 11)
+      take(std::integral_constant<int, 6>());
+    else if (rows >= 4 && rows != 5)
+      take(std::integral_constant<int, 4>());
+    else if (rows >= 3)
+      take(std::integral_constant<int, 3>());
+    else if (rows == 2)
+      take(std::integral_constant<int, 2>());
+    else
+      take(std::integral_constant<int, 1>());
+  }
 }
 
 // ---- pointwise functions, written so that the compiler vectorizes the loops that call them
@@ -258,7 +288,8 @@ struct Gru {
   }
 };
 
-int64_t padded(int64_t size) { return (size + PAD - 1) / PAD * PAD + PAD; }
+// The stride of rows into which products write: whole vectors, and no power of two, which would share few lines of the cache.
+int64_t padded(int64_t size) { return (size + PANEL - 1) / PANEL * PANEL + PANEL; }
 
 // A (B, T, F) tensor whose features are contiguous.
 template <typename T>
@@ -290,23 +321,21 @@ void rows_at(
 
 template <typename T, typename Cell>
 void forward_rows(
-    int64_t begin, int64_t end, int64_t first, int64_t count, int64_t chunk, const Sequence<T>& known, const at::Tensor& matrix,
+    int64_t begin, int64_t end, int64_t first, int64_t count, int64_t chunk, const Sequence<T>& known, const Panels<T>& matrix,
     const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept, const Sequence<T>& u) {
-  const int64_t dims = u.features, size = kept[0].features, width = known.features, stride = matrix.size(1);
+  const int64_t dims = u.features, size = kept[0].features, width = known.features;
   const int64_t u_stride = chunk * dims + 1, rows = end - begin;
-  const T* from_u = matrix.data_ptr<T>();
-  const T* from_hidden = from_u + (dims ? (chunk - 1) * dims * stride : 0);
+  const Panels<T> from_hidden = matrix.from_row(dims ? (chunk - 1) * dims : 0);
   std::vector<T> sums(rows * padded(width)), past(rows * u_stride);
   const int64_t sum_stride = padded(width);
   for (int64_t j = 0; j < count; ++j) {
     const int64_t t = first + j;
     for (int64_t r = 0; r < rows; ++r) std::memcpy(&sums[r * sum_stride], known.at(begin + r, j), width * sizeof(T));
     const T* hidden = t > 0 ? kept[0].at(begin, t - 1) : initial[0] + begin * size;
-    product<T>(rows, width, size, hidden, t > 0 ? kept[0].row : size, from_hidden, stride, sums.data(), sum_stride);
+    product<T>(rows, width, size, hidden, t > 0 ? kept[0].row : size, from_hidden, sums.data(), sum_stride);
     if (dims)
       product<T>(
-          rows, width, j * dims, past.data(), u_stride, from_u + (chunk - 1 - j) * dims * stride, stride, sums.data(),
-          sum_stride);
+          rows, width, j * dims, past.data(), u_stride, matrix.from_row((chunk - 1 - j) * dims), sums.data(), sum_stride);
     for (int64_t r = 0; r < rows; ++r) {
       T *now[3], *before[3];
       rows_at<T, Cell>(kept, initial, size, begin + r, t, now);
@@ -321,18 +350,17 @@ void forward_rows(
 
 template <typename T, typename Cell>
 void backward_rows(
-    int64_t begin, int64_t end, int64_t first, int64_t count, int64_t chunk, const at::Tensor& matrix,
+    int64_t begin, int64_t end, int64_t first, int64_t count, int64_t chunk, const Panels<T>& to_hidden, const Panels<T>& to_u,
     const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept, const std::vector<Sequence<T>>& grads,
     const Sequence<T>& grad_u, const Sequence<T>& grad_sums, T* carry, T* carried) {
-  const int64_t dims = grad_u.features, size = kept[0].features, width = grad_sums.features, stride = matrix.size(1);
+  const int64_t dims = grad_u.features, size = kept[0].features, width = grad_sums.features;
   const int64_t rows = end - begin, h_stride = padded(size), w_stride = padded(width), u_stride = padded(chunk * dims);
-  const int64_t h_columns = dims ? (chunk - 1) * dims : 0;
-  const T* transposed = matrix.data_ptr<T>();  // (W, (C - 1) D + H)
-  std::vector<T> grad(rows * h_stride), wide(rows * w_stride), inputs(rows * u_stride), rest(rows * h_stride);
+  std::vector<T> grad(rows * h_stride), wide(rows * w_stride), inputs(PANEL + rows * u_stride), rest(rows * h_stride);
+  T* to_inputs = inputs.data() + PANEL;
   for (int64_t r = 0; r < rows; ++r) {
     std::memcpy(&grad[r * h_stride], carry + (begin + r) * size, size * sizeof(T));
     for (int64_t j = 0; j < count; ++j)
-      std::memcpy(&inputs[r * u_stride + j * dims], grad_u.at(begin + r, j), dims * sizeof(T));
+      std::memcpy(to_inputs + r * u_stride + j * dims, grad_u.at(begin + r, j), dims * sizeof(T));
   }
   for (int64_t j = count - 1; j >= 0; --j) {
     const int64_t t = first + j;
@@ -349,7 +377,7 @@ void backward_rows(
         for (int64_t i = 0; i < size; ++i) further[i] += outer_cell[i];
       }
       T* gates = &wide[r * w_stride];
-      std::memcpy(gates, &inputs[r * u_stride + j * dims], dims * sizeof(T));
+      std::memcpy(gates, to_inputs + r * u_stride + j * dims, dims * sizeof(T));
       Cell::template back<T>(size, sum, before, now, gates + dims, further, &rest[r * h_stride]);
       std::memcpy(grad_sums.at(begin + r, j), gates, width * sizeof(T));
       if constexpr (Cell::direct)
@@ -357,10 +385,14 @@ void backward_rows(
       else
         std::memset(sum, 0, size * sizeof(T));
     }
-    product<T>(rows, size, width, wide.data(), w_stride, transposed + h_columns, stride, grad.data(), h_stride);
-    // Columns past j * dims are spent: what the last vector adds there is never read.
-    product<T>(
-        rows, j * dims, width, wide.data(), w_stride, transposed + (chunk - 1 - j) * dims, stride, inputs.data(), u_stride);
+    product<T>(rows, size, width, wide.data(), w_stride, to_hidden, grad.data(), h_stride);
+    // The columns of lags 1 to j, from the start of a panel on. What that adds before the first u falls into the room between
+    // rows, what the last vector adds past u j - 1 is spent: neither is ever read.
+    const int64_t column = (chunk - 1 - j) * dims, panel = column / PANEL;
+    if (dims)
+      product<T>(
+          rows, (chunk - 1) * dims - panel * PANEL, width, wide.data(), w_stride, Panels<T>(to_u.column(panel * PANEL), to_u.stride),
+          to_inputs - column % PANEL, u_stride);
   }
   for (int64_t r = 0; r < rows; ++r) std::memcpy(carry + (begin + r) * size, &grad[r * h_stride], size * sizeof(T));
 }
@@ -413,15 +445,15 @@ void forward(
       const auto keep = sequences<T>(kept);
       const auto initial = pointers<T>(states);
       over_rows(known.size(0), [&](int64_t begin, int64_t end) {
-        forward_rows<T, Cell>(begin, end, first, count, chunk, knowns, matrix, initial, keep, inputs);
+        forward_rows<T, Cell>(begin, end, first, count, chunk, knowns, Panels<T>(matrix), initial, keep, inputs);
       });
     });
   });
 }
 
 void backward(
-    const std::string kind, int64_t first, int64_t count, int64_t chunk, const at::Tensor& matrix, at::TensorList states,
-    at::TensorList kept, at::TensorList grads, const at::Tensor& grad_u, const at::Tensor& grad_sums, const at::Tensor& carry,
+    const std::string kind, int64_t first, int64_t count, int64_t chunk, const at::Tensor& to_hidden, const at::Tensor& to_u,
+    at::TensorList states, at::TensorList kept, at::TensorList grads, const at::Tensor& grad_u, const at::Tensor& grad_sums, const at::Tensor& carry,
     const at::Tensor& carried) {
   with_type(grad_sums, [&](auto scalar) {
     using T = decltype(scalar);
@@ -432,11 +464,116 @@ void backward(
       const auto initial = pointers<T>(states);
       over_rows(grad_sums.size(0), [&](int64_t begin, int64_t end) {
         backward_rows<T, Cell>(
-            begin, end, first, count, chunk, matrix, initial, keep, outer, inputs, bases, carry.data_ptr<T>(),
-            carried.data_ptr<T>());
+            begin, end, first, count, chunk, Panels<T>(to_hidden), Panels<T>(to_u), initial, keep, outer, inputs, bases,
+            carry.data_ptr<T>(), carried.data_ptr<T>());
       });
     });
   });
+}
+
+// ---- the memory over a chunk, where the state is fed back into it
+
+// Stacked matrices in panels (S, panels, inner, PANEL): that of system s.
+template <typename T>
+Panels<T> of_system(const at::Tensor& stack, int64_t s) {
+  TORCH_CHECK(stack.is_contiguous() && stack.size(3) == PANEL, "expected panels");
+  return Panels<T>(stack.data_ptr<T>() + s * stack.stride(0), stack.size(2) * PANEL);
+}
+
+// to (rows * D, width) += from (rows * D, inner) @ the matrix of the system of each memory dimension
+template <typename T>
+void by_system(
+    int64_t rows, int64_t dims, int64_t width, int64_t inner, const T* from, int64_t from_stride, const at::Tensor& stack, T* to,
+    int64_t to_stride) {
+  if (stack.size(0) == 1)
+    return product<T>(rows * dims, width, inner, from, from_stride, of_system<T>(stack, 0), to, to_stride);
+  for (int64_t d = 0; d < dims; ++d)
+    product<T>(
+        rows, width, inner, from + d * from_stride, dims * from_stride, of_system<T>(stack, d), to + d * to_stride,
+        dims * to_stride);
+}
+
+// memory (rows * D, N) = memory @ power + inputs (rows * D, count) @ response
+template <typename T>
+void advance(
+    int64_t rows, int64_t dims, int64_t order, int64_t count, const T* inputs, const at::Tensor& power,
+    const at::Tensor& response, T* memory) {
+  const int64_t stride = padded(order);
+  std::vector<T> next(rows * dims * stride);
+  by_system<T>(rows, dims, order, count, inputs, count, response, next.data(), stride);
+  by_system<T>(rows, dims, order, order, memory, order, power, next.data(), stride);
+  for (int64_t row = 0; row < rows * dims; ++row) std::memcpy(memory + row * order, &next[row * stride], order * sizeof(T));
+}
+
+// A part of a (B, L, F) tensor as a matrix (B, length * F).
+at::Tensor flat_steps(const at::Tensor& tensor, int64_t first, int64_t length) {
+  return tensor.narrow(1, first, length).as_strided(
+      {tensor.size(0), length * tensor.size(2)}, {tensor.stride(0), 1}, tensor.storage_offset() + first * tensor.stride(1));
+}
+
+void feedback_forward(
+    const std::string kind, int64_t first, const at::Tensor& known, const at::Tensor& fold, const at::Tensor& power,
+    const at::Tensor& response, const at::Tensor& matrix, at::TensorList states, at::TensorList kept, const at::Tensor& u,
+    const at::Tensor& starts, const at::Tensor& memory) {
+  const int64_t chunk = response.size(2), steps = kept[0].size(1), total = u.size(1), batch = u.size(0), dims = u.size(2);
+  const int64_t order = memory.size(2), grain = std::max<int64_t>(1, 64 / dims);
+  TORCH_CHECK(memory.is_contiguous() && known.stride(1) == known.size(2), "expected contiguous tensors");
+  for (int64_t at = first; at < first + known.size(1); at += chunk) {
+    const at::Tensor start = starts.select(1, at / chunk);
+    start.copy_(memory.view_as(start));
+    flat_steps(known, at - first, chunk).addmm_(start, fold);
+    forward(kind, at, std::min(chunk, steps - at), chunk, known.narrow(1, at - first, chunk), matrix, states, kept, u);
+    if (at + chunk >= total) return;
+    with_type(u, [&](auto scalar) {
+      using T = decltype(scalar);
+      const Sequence<T> inputs(u);
+      at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+        std::vector<T> rows((end - begin) * dims * chunk);
+        for (int64_t b = begin; b < end; ++b)
+          for (int64_t j = 0; j < chunk; ++j)
+            for (int64_t d = 0; d < dims; ++d) rows[((b - begin) * dims + d) * chunk + j] = inputs.at(b, at + j)[d];
+        advance<T>(
+            end - begin, dims, order, chunk, rows.data(), power, response, memory.data_ptr<T>() + begin * dims * order);
+      });
+    });
+  }
+}
+
+void feedback_backward(
+    const std::string kind, int64_t first, const at::Tensor& fold, const at::Tensor& power, const at::Tensor& response,
+    const at::Tensor& to_hidden, const at::Tensor& to_u, at::TensorList states, at::TensorList kept, at::TensorList grads,
+    const at::Tensor& grad_u, const at::Tensor& grad_sums, const at::Tensor& carry, const at::Tensor& carried,
+    const std::optional<at::Tensor>& grad_starts, const at::Tensor& arrived) {
+  const int64_t chunks = arrived.size(1) - 1, chunk = grad_sums.size(1) / chunks, steps = kept[0].size(1);
+  const int64_t batch = grad_u.size(0), dims = grad_u.size(2), order = response.size(2), flat = dims * order;
+  const at::Tensor transposed = fold.t();
+  for (int64_t index = chunks - 1; index >= 0; --index) {
+    const int64_t at = first + index * chunk;
+    const at::Tensor start = at::empty({batch, flat}, fold.options());
+    // What the memory at the end of the chunk sends back, to the u of the chunk and to the memory at its start.
+    with_type(fold, [&](auto scalar) {
+      using T = decltype(scalar);
+      const Sequence<T> inputs(grad_u), later(arrived);
+      T* starts = start.data_ptr<T>();
+      at::parallel_for(0, batch, std::max<int64_t>(1, 64 / dims), [&](int64_t begin, int64_t end) {
+        const int64_t rows = end - begin, stride = padded(chunk);
+        std::vector<T> sent(rows * dims * stride), memory(rows * flat);
+        for (int64_t r = 0; r < rows; ++r) std::memcpy(&memory[r * flat], later.at(begin + r, index + 1), flat * sizeof(T));
+        by_system<T>(rows, dims, chunk, order, memory.data(), order, response, sent.data(), stride);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t j = 0; j < chunk; ++j)
+            for (int64_t d = 0; d < dims; ++d) inputs.at(begin + r, at + j)[d] += sent[(r * dims + d) * stride + j];
+        advance<T>(rows, dims, order, 0, nullptr, power, response, memory.data());
+        std::memcpy(starts + begin * flat, memory.data(), rows * flat * sizeof(T));
+      });
+    });
+    backward(
+        kind, at, std::min(chunk, steps - at), chunk, to_hidden, to_u, states, kept, grads, grad_u.narrow(1, at, chunk),
+        grad_sums.narrow(1, at - first, chunk), carry, carried);
+    start.addmm_(flat_steps(grad_sums, at - first, chunk), transposed);
+    if (grad_starts) start.add_(grad_starts->select(1, at / chunk));
+    arrived.select(1, index).copy_(start);
+  }
 }
 
 // ---- the memory itself, step by step, for orders so small that a step of it fits a few vectors
@@ -608,39 +745,23 @@ void stream_rows(
     bool from_memory, const std::optional<at::Tensor>& u_bias, const at::Tensor& A, const at::Tensor& B,
     const at::Tensor& weight, const std::optional<at::Tensor>& bias, const at::Tensor& output) {
   const int64_t rows = end - begin, inputs = x.size(1), dims = states[0].size(1), order = states[0].size(2);
-  const int64_t flat = dims * order, e_stride = encoder.size(1), a_stride = A.size(2);
+  const int64_t flat = dims * order;
   const int64_t size = Cell::states ? states[1].size(1) : 0;
   const T* samples = x.data_ptr<T>() + begin * inputs;
   T* memory = states[0].data_ptr<T>() + begin * flat;
   const T* hidden = Cell::states ? states[1].data_ptr<T>() + begin * size : nullptr;
 
-  const int64_t u_stride = padded(dims), n_stride = padded(order);
-  std::vector<T> u(rows * u_stride), next(rows * dims * n_stride);
+  const int64_t u_stride = padded(dims);
+  std::vector<T> u(rows * u_stride), inputs_of(rows * dims);
   if (u_bias)
     for (int64_t r = 0; r < rows; ++r) std::memcpy(&u[r * u_stride], u_bias->data_ptr<T>(), dims * sizeof(T));
-  const T* e = encoder.data_ptr<T>();
-  product<T>(rows, dims, inputs, samples, inputs, e, e_stride, u.data(), u_stride);
-  e += inputs * e_stride;
-  if (from_hidden) {
-    product<T>(rows, dims, size, hidden, size, e, e_stride, u.data(), u_stride);
-    e += size * e_stride;
-  }
-  if (from_memory) product<T>(rows, dims, flat, memory, flat, e, e_stride, u.data(), u_stride);
-
-  const bool shared = B.size(0) == 1;
-  const T* b = B.data_ptr<T>();
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t d = 0; d < dims; ++d)
-      for (int64_t n = 0; n < order; ++n)
-        next[(r * dims + d) * n_stride + n] = u[r * u_stride + d] * b[(shared ? 0 : d) * order + n];
-  if (shared)
-    product<T>(rows * dims, order, order, memory, order, A.data_ptr<T>(), a_stride, next.data(), n_stride);
-  else
-    for (int64_t d = 0; d < dims; ++d)
-      product<T>(
-          rows, order, order, memory + d * order, flat, A.data_ptr<T>() + d * order * a_stride, a_stride,
-          next.data() + d * n_stride, dims * n_stride);
-  for (int64_t d = 0; d < rows * dims; ++d) std::memcpy(memory + d * order, &next[d * n_stride], order * sizeof(T));
+  const Panels<T> e(encoder);
+  product<T>(rows, dims, inputs, samples, inputs, e, u.data(), u_stride);
+  if (from_hidden) product<T>(rows, dims, size, hidden, size, e.from_row(inputs), u.data(), u_stride);
+  if (from_memory)
+    product<T>(rows, dims, flat, memory, flat, e.from_row(inputs + (from_hidden ? size : 0)), u.data(), u_stride);
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(&inputs_of[r * dims], &u[r * u_stride], dims * sizeof(T));
+  advance<T>(rows, dims, order, 1, inputs_of.data(), A, B, memory);
 
   T* result = output.data_ptr<T>() + begin * output.size(1);
   if constexpr (Cell::states == 0) {
@@ -651,13 +772,13 @@ void stream_rows(
     return;
   } else {
     // The rows of the weight are those of [m, x, h].
-    const int64_t width = bias->size(0), stride = weight.size(1), g_stride = padded(width);
+    const int64_t width = bias->size(0), g_stride = padded(width);
     std::vector<T> gates(rows * g_stride), kept(3 * 4 * size);
     for (int64_t r = 0; r < rows; ++r) std::memcpy(&gates[r * g_stride], bias->data_ptr<T>(), width * sizeof(T));
-    const T* w = weight.data_ptr<T>();
-    product<T>(rows, width, flat, memory, flat, w, stride, gates.data(), g_stride);
-    product<T>(rows, width, inputs, samples, inputs, w + flat * stride, stride, gates.data(), g_stride);
-    product<T>(rows, width, size, hidden, size, w + (flat + inputs) * stride, stride, gates.data(), g_stride);
+    const Panels<T> w(weight);
+    product<T>(rows, width, flat, memory, flat, w, gates.data(), g_stride);
+    product<T>(rows, width, inputs, samples, inputs, w.from_row(flat), gates.data(), g_stride);
+    product<T>(rows, width, size, hidden, size, w.from_row(flat + inputs), gates.data(), g_stride);
     for (int64_t r = 0; r < rows; ++r) {
       const T* before[3] = {};
       T* now[3];
@@ -698,9 +819,20 @@ TORCH_LIBRARY(lmu_hf, library) {
       "scan_forward(str kind, int first, int count, int chunk, Tensor known, Tensor matrix, Tensor[] states, "
       "Tensor(a!)[] kept, Tensor(b!) u) -> ()");
   library.def(
-      "scan_backward(str kind, int first, int count, int chunk, Tensor matrix, Tensor[] states, Tensor[] kept, "
+      "scan_backward(str kind, int first, int count, int chunk, Tensor to_hidden, Tensor to_u, Tensor[] states, Tensor[] kept, "
       "Tensor[] grads, Tensor grad_u, Tensor(a!) grad_sums, Tensor(b!) carry, Tensor(c!) carried) -> ()");
-  // Matrices are filled up with zero columns, A is transposed. states: m (B, D, N) and the hidden ones; all are updated.
+  // The chunks of a segment, L steps from `first` on: fold (D * N, C * W), starts (B, K, D * N), memory (B, D, N), which is
+  // updated, and known (B, L, W); powers, A^C transposed (S, N, N), and responses (S, C, N) in panels.
+  library.def(
+      "feedback_forward(str kind, int first, Tensor(d!) known, Tensor fold, Tensor power, Tensor response, Tensor matrix, "
+      "Tensor[] states, Tensor(a!)[] kept, Tensor(b!) u, Tensor(c!) starts, Tensor(e!) memory) -> ()");
+  // Its adjoint, with power A^C and response (S, N, C) in panels. `arrived` (B, K + 1, D * N) takes the gradients of the memory at
+  // the start of each of these K chunks; in its last place comes that of the memory after them.
+  library.def(
+      "feedback_backward(str kind, int first, Tensor fold, Tensor power, Tensor response, Tensor to_hidden, Tensor to_u, "
+      "Tensor[] states, Tensor[] kept, Tensor[] grads, Tensor(a!) grad_u, Tensor(b!) grad_sums, Tensor(c!) carry, "
+      "Tensor(d!) carried, Tensor? grad_starts, Tensor(e!) arrived) -> ()");
+  // Matrices in panels, A transposed, B (S, panels, 1, PANEL). states: m (B, D, N) and the hidden ones; all are updated.
   library.def(
       "stream_step(str kind, Tensor x, Tensor(a!)[] states, Tensor encoder, bool from_hidden, bool from_memory, Tensor? u_bias, "
       "Tensor A, Tensor B, Tensor weight, Tensor? bias, Tensor(b!) output) -> ()");
@@ -714,6 +846,8 @@ TORCH_LIBRARY(lmu_hf, library) {
 TORCH_LIBRARY_IMPL(lmu_hf, CPU, library) {
   library.impl("scan_forward", &forward);
   library.impl("scan_backward", &backward);
+  library.impl("feedback_forward", &feedback_forward);
+  library.impl("feedback_backward", &feedback_backward);
   library.impl("stream_step", &stream_step);
   library.impl("memory_forward", &memory_forward);
   library.impl("memory_backward", &memory_backward);

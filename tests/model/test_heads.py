@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny import CLASSES, EVERY, build, config, cut, inputs, labels, padding, poison, tokenizer
+from made_data import tokenizer
+from tiny import CLASSES, EVERY, build, config, cut, inputs, labels, padding, poison
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,

@@ -12,8 +12,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from made_data import tokenizer
 from PIL import Image
-from tiny import tokenizer
 from transformers import pipeline
 from upstream import MISSING, available, load, with_reasons
 

@@ -1,10 +1,6 @@
 """Tiny models, processors and inputs, made on the spot."""
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 from lmu_hf import (
     LMUConfig,
@@ -111,22 +107,3 @@ def poison(batch, mask):
 def cut(batch, rows=slice(None), steps=slice(None)):
     """Some rows and steps of the inputs."""
     return {key: value[rows][:, steps] for key, value in batch.items()}
-
-
-TEXT = "the a cat dog bird fish sees likes finds follows red blue big small old and or not here there ."
-
-
-def tokenizer(**kwargs):
-    """A tokenizer of some twenty words."""
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *TEXT.split()])}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        model_input_names=["input_ids", "attention_mask"],
-        **kwargs,
-    )
