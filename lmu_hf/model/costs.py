@@ -21,20 +21,28 @@ _LARGE = 4 << 20
 
 
 class _Factors(NamedTuple):
-    """Nanoseconds: of a call, of a chunk or step, per multiply-add, per number written, per number of a large tensor."""
+    """Nanoseconds: of a call, of a chunk or step, per multiply-add, per number written, per number of a large tensor, per number
+    of a chunk's operator and, where the starts of the chunks come first, of what makes one start of the last."""
 
     call: float
     part: float
     product: float
     number: float
     large: float
-    building: float = 0.0
+    operator: float = 0.0
+    start: float = 0.0
 
 
 # Without and with a backward pass.
-_SCAN = (_Factors(33e3, 3.4, 0.082, 0.0, 1.9), _Factors(96e3, 22.0, 0.18, 0.0, 2.7))
-_CHUNKED = (_Factors(42e3, 19.5e3, 0.0133, 0.32, 2.9, 0.073), _Factors(138e3, 47e3, 0.0206, 1.95, 3.1, 0.169))
-_FFT = (_Factors(78e3, 0.0, 0.085, 0.02, 3.6), _Factors(279e3, 0.0, 0.185, 0.86, 9.2))
+_SCAN = (_Factors(307e3, 10.2, 0.0357, 0.0, 1.9), _Factors(489e3, 29.8, 0.098, 0.0, 2.7))
+_CHUNKED = (
+    _Factors(396e3, 21.7e3, 0.0111, 0.64, 2.0, 0.37, 0.196),
+    _Factors(583e3, 50.5e3, 0.0207, 1.91, 4.9, 1.0, 0.105),
+)
+_FFT = (_Factors(431e3, 0.0, 0.08, 0.51, 3.4), _Factors(780e3, 0.0, 0.244, 1.12, 7.2))
+
+# Rows of a chunk's product from which it has full speed; with fewer, the starts of the chunks come first and then all at once.
+MANY_ROWS = 64
 
 
 def memory_costs(rows: int, steps: int, order: int, *, training: bool, compiled: bool) -> dict[tuple[str, int], float]:
@@ -58,12 +66,18 @@ def memory_costs(rows: int, steps: int, order: int, *, training: bool, compiled:
     own = _FFT[training]
     digits = (2 * steps - 1).bit_length()
     padded = rows * order << digits
-    costs["fft", 0] = own.call + padded * (own.product * digits + own.number) + own.large * max(padded - _LARGE, 0)
+    # Spectra are transposed on the way, which past 2^11 numbers each leaves the cache.
+    scattered = min(max(2.0 ** (digits - 11), 1.0), 8.0)
+    large = _LARGE // 2 if training else _LARGE
+    costs["fft", 0] = (
+        own.call + padded * (own.product * digits + own.number * scattered) + own.large * max(padded - large, 0)
+    )
     own = _CHUNKED[training]
     for size in CHUNKS[2:]:
-        work = own.part * -(-steps // size) + numbers * (own.product * (order + size) + own.number)
-        building = own.building * size * order * (size + order)
-        costs["chunked", size] = own.call + work + building + own.large * max(numbers - _LARGE, 0)
+        chunks, operator = -(-steps // size), size * order * (order + size)
+        read, start = (1, own.start * order * (order + size)) if rows < MANY_ROWS else (chunks, 0.0)
+        work = numbers * (own.product * (order + size) + own.number) + own.operator * operator * read
+        costs["chunked", size] = own.call + chunks * (own.part + start) + work + own.large * max(numbers - _LARGE, 0)
         if size >= steps:
             break
     return costs

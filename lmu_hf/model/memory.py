@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .compiled import LARGEST_ORDER, available
-from .costs import memory_algorithm, memory_chunk
+from .costs import MANY_ROWS, memory_algorithm, memory_chunk
 from .legendre import DelaySystem
 from .precision import exact_matmul, full_float32
 from .ragged import blank, check_lengths, last_valid, reverse, where_started
@@ -161,7 +161,11 @@ def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengt
         return _finish(_unfold_sequence(traced_states(inputs, memory, system), u.shape), initial_state, lengths)
     training = wants_gradient(inputs, initial_state, system.Ad)
     size = min(steps, memory_chunk(rows, steps, system.order, training=training, measured=measured(u)))
-    states = _Chunks.apply(inputs, memory, system.chunk_operator(size, u.dtype, u.device), size)
+    operator = system.chunk_operator(size, u.dtype, u.device)
+    if inputs.shape[1] < MANY_ROWS and not operator.requires_grad:
+        states = _ChunksAtOnce.apply(inputs, memory, operator, size)
+    else:
+        states = _Chunks.apply(inputs, memory, operator, size)
     return _finish(_unfold_sequence(states, u.shape), initial_state, lengths)
 
 
@@ -218,6 +222,50 @@ class _Chunks(torch.autograd.Function):
             carry = grad_row[..., :order]
             grad_inputs.append(grad_row[..., order:])
         return torch.cat(grad_inputs[::-1], dim=2), (carry if ctx.needs_input_grad[1] else None), grad_operator, None
+
+
+class _ChunksAtOnce(torch.autograd.Function):
+    """:class:`_Chunks` for few rows, where reading the operator anew for each chunk takes longer than the products with it.
+
+    The memory at the start of each chunk comes first, chunk after chunk, by the part of the operator that makes a chunk's last
+    state, which stays in the cache; then all chunks are rows of one product. The operator is a constant here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, memory: Tensor | None, operator: Tensor, size: int) -> Tensor:
+        scales, count, steps = inputs.shape
+        order = operator.shape[1] - size
+        last = operator[..., -order:].contiguous()
+        chunks = -(-steps // size)
+        rows = inputs.new_empty(scales, count, chunks, order + size)
+        rows[..., order:] = F.pad(inputs, (0, chunks * size - steps)).unflatten(2, (chunks, size))
+        rows[:, :, 0, :order] = 0 if memory is None else memory
+        states = inputs.new_empty(scales, count * chunks, size * order)
+        with full_float32(rows):
+            for index in range(1, chunks):
+                rows[:, :, index, :order] = rows[:, :, index - 1] @ last
+            _product(rows.flatten(1, 2), operator, states)
+        ctx.save_for_backward(operator)
+        ctx.size = size
+        return states.view(scales, count, chunks * size, order)[:, :, :steps]
+
+    @staticmethod
+    def backward(ctx: Any, grad_states: Tensor) -> tuple:
+        (operator,) = ctx.saved_tensors
+        scales, count, steps, order = grad_states.shape
+        size, chunks = ctx.size, -(-steps // ctx.size)
+        # Nothing in place: the same lines then serve a second derivative.
+        grad = F.pad(grad_states, (0, 0, 0, chunks * size - steps)) if steps % size else grad_states
+        from_chunk = exact_matmul(grad.reshape(scales, count * chunks, size * order), operator.mT).unflatten(
+            1, (count, chunks)
+        )
+        last = operator[..., -order:].mT.contiguous()  # the end of a chunk -> [m_start, u_chunk]
+        carry, grad_inputs = from_chunk[:, :, -1, :order], [from_chunk[:, :, -1, order:]]
+        for index in reversed(range(chunks - 1)):
+            grad_row = from_chunk[:, :, index] + exact_matmul(carry, last)
+            carry = grad_row[..., :order]
+            grad_inputs.append(grad_row[..., order:])
+        return torch.cat(grad_inputs[::-1], dim=2)[..., :steps], (carry if ctx.needs_input_grad[1] else None), None, None
 
 
 def _scan(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:

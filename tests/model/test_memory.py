@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lmu_hf.model.compiled import LARGEST_ORDER
+from lmu_hf.model.costs import MANY_ROWS
 from lmu_hf.model.legendre import DelaySystem, delay_system
 from lmu_hf.model.memory import ALGORITHMS, linear_memory
 
@@ -19,6 +20,9 @@ SHAPES = [
     (1, 40, 5, 16, 11.0),
     (5, 40, 2, 31, (20.0, 7.0)),
     (1, 193, 1, 64, 30.0),
+    # So many rows that each chunk is a product of its own.
+    (MANY_ROWS // 2 + 1, 37, 2, 5, 9.0),
+    (MANY_ROWS, 19, 2, 3, (4.0, 9.0)),
 ]
 # float64: rounding of ~200 steps. float32: the chunked state is good to ~5e-7 of its size, which is about 1 to 3 here.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -74,6 +78,20 @@ def test_gradcheck_with_theta(algorithm, scales, discretizer):
         return final if states is None else (states, final)
 
     assert torch.autograd.gradcheck(call, (u, m0, theta_inv))
+
+
+@pytest.mark.parametrize("many_rows", [1, MANY_ROWS])
+def test_second_derivative_of_chunks(many_rows, monkeypatch):
+    monkeypatch.setattr("lmu_hf.model.memory.MANY_ROWS", many_rows)
+    system = delay_system(3, (4.0, 9.0))
+    u = torch.randn(2, 7, 2, dtype=torch.float64, requires_grad=True)
+    m0 = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def call(u, m0):
+        states, _ = linear_memory(u, system, m0, algorithm="chunked")
+        return states.sin()
+
+    assert torch.autograd.gradgradcheck(call, (u, m0))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
