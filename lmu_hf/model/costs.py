@@ -34,7 +34,7 @@ class _Factors(NamedTuple):
 
 
 # Without and with a backward pass.
-_SCAN = (_Factors(307e3, 10.2, 0.0357, 0.0, 1.9), _Factors(489e3, 29.8, 0.098, 0.0, 2.7))
+_SCAN = (_Factors(307e3, 10.2, 0.0357, 0.0, 1.9), _Factors(489e3, 25.0, 0.11, 0.0, 2.7))
 _CHUNKED = (
     _Factors(396e3, 21.7e3, 0.0111, 0.64, 2.0, 0.37, 0.196),
     _Factors(583e3, 50.5e3, 0.0207, 1.91, 4.9, 1.0, 0.105),
@@ -75,7 +75,10 @@ def memory_costs(rows: int, steps: int, order: int, *, training: bool, compiled:
     own = _CHUNKED[training]
     for size in CHUNKS[2:]:
         chunks, operator = -(-steps // size), size * order * (order + size)
-        read, start = (1, own.start * order * (order + size)) if rows < MANY_ROWS else (chunks, 0.0)
+        if rows < MANY_ROWS:
+            read, start = 1, own.start * order * (order + size)
+        else:  # the state passes from chunk to chunk
+            read, start = chunks, 3 * own.number * rows * order
         work = numbers * (own.product * (order + size) + own.number) + own.operator * operator * read
         costs["chunked", size] = own.call + chunks * (own.part + start) + work + own.large * max(numbers - _LARGE, 0)
         if size >= steps:
