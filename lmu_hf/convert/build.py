@@ -96,10 +96,14 @@ def problem_type(head: Head, loss: str | None) -> str | None:
 def _config(architecture: Architecture, weights: Weights) -> dict[str, Any]:
     first, *others = architecture.lmus
     settings = [_layer_settings(lmu) for lmu in architecture.lmus]
+    defaults = vars(LMUConfig())
     for lmu, other in zip(others, settings[1:], strict=True):
-        differing = [key for key in settings[0] if settings[0][key] != other[key]]
+        pairs = {
+            key: [one.get(key, defaults.get(key)) for one in (settings[0], other)] for key in {**settings[0], **other}
+        }
+        differing = [f"{key} {a!r} and {b!r}" for key, (a, b) in pairs.items() if a != b]
         if differing:
-            found = ", ".join(f"{key} {settings[0][key]!r} and {other[key]!r}" for key in differing[:3])
+            found = ", ".join(differing[:3])
             raise refuse(f"layer {lmu.name!r}", f"all LMUs of a model share their settings, apart from theta; found {found}")
     thetas = [float(lmu.theta or 0) for lmu in architecture.lmus]
     for lmu, values in zip(architecture.lmus, weights.lmus, strict=True):

@@ -11,6 +11,7 @@ Run it once in each of several environments, which all write into the same folde
 | keras-lmu==0.9.0 tensorflow-cpu==2.15.1                 | 0.9, tf.keras 2          |
 | keras-lmu==0.4.2 or 0.5.0 tensorflow-cpu==2.12.1        | their successors         |
 | lmu==0.2.0 or keras-lmu==0.3.1 tensorflow-cpu==2.12.1   | first releases: A, B     |
+| keras-lmu==0.3.1 tensorflow-cpu==2.3.4 (Python 3.8)     | the same                 |
 | lmu==0.1.0 nengolib tensorflow-cpu==2.12.1              | the cell of 2019: AT, BT |
 
 The packages are used through their public interface only. `NAME.npz` has inputs x and the outputs y of the original.
@@ -21,7 +22,6 @@ import collections.abc
 import inspect
 import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -54,15 +54,17 @@ except ImportError:
 import tensorflow as tf  # noqa: E402
 
 keras = tf.keras
-KERAS_VERSION = version("keras")
+KERAS_VERSION = keras.__version__  # the oldest have no package keras beside
 layers = keras.layers
+# Before, what ends like this became a folder of another format.
+KERAS_FILES = (".keras",) if tuple(map(int, KERAS_VERSION.split(".")[:2])) >= (2, 12) else ()
 VERSION = f"{NAME}-{package.__version__}-keras{KERAS_VERSION}"
 OLDEST = NAME == "lmu" and package.__version__ == "0.1.0"
 FIRST = not OLDEST and "use_bias" not in inspect.signature(package.LMUCell).parameters
 BATCH, STEPS = 3, 23
 
 H2M, M2M, I2H = {"hidden_to_memory": True}, {"memory_to_memory": True}, {"input_to_hidden": True}
-ALL = H2M | M2M | I2H
+ALL = {**H2M, **M2M, **I2H}
 
 
 def lmu(cell, memory_d=2, order=6, theta=9.0, sequences=False, **kwargs):
@@ -154,7 +156,7 @@ def models():
             "mse",
         ),
     }
-    made |= {
+    more = {
         "gru_reset_before": (3, lambda: [rnn(layers.GRUCell(5, reset_after=False), **H2M), softmax()], "mse"),
         "lstm_hard": (3, lambda: [rnn(layers.LSTMCell(5, recurrent_activation="hard_sigmoid")), softmax()], "mse"),
         "bidirectional": (
@@ -176,8 +178,9 @@ def models():
         "nested": (3, lambda: [keras.Sequential([rnn(layers.SimpleRNNCell(5))]), softmax()], "mse"),
         "steps_softmax": (3, lambda: [lmu(layers.SimpleRNNCell(5), sequences=True), softmax()], "mse"),
     }
+    made.update(more)
     if not FIRST:  # whose stacks fail in every TensorFlow that can still be installed
-        made |= {
+        later = {
             "stacked_cells": (
                 3,
                 lambda: [rnn(stack(layers.SimpleRNNCell(4), layers.SimpleRNNCell(4), layers.GRUCell(5))), softmax()],
@@ -194,6 +197,7 @@ def models():
             ),
             "zoh_theta": (3, lambda: [rnn(layers.Dense(5), trainable_theta=True, use_bias=True, **H2M), softmax()], "mse"),
         }
+        made.update(later)
     return made
 
 
@@ -251,7 +255,7 @@ def main(folder):
             )
             model.set_weights(before)
         y = model.predict(x, verbose=0)
-        for ending in (".keras", ".h5", ".weights.h5", "_weights.h5"):
+        for ending in (*KERAS_FILES, ".h5", ".weights.h5", "_weights.h5"):
             save = model.save_weights if "weights" in ending else model.save
             try:
                 save(f"{stem}{ending}")

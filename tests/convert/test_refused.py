@@ -350,21 +350,31 @@ def test_archive_that_lies_about_its_size(tmp_path):
         from_keras(path)
 
 
-def test_two_layers_share_their_settings(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value", "shapes", "found"),
+    [
+        ("order", 5, {"kernel": (4, 2), "simple_rnn_cell/kernel": (10, 4)}, "order 6 and 5"),
+        (
+            "hidden_to_memory",
+            True,
+            {"kernel": (8, 2), "simple_rnn_cell/kernel": (12, 4)},
+            "hidden_to_memory False and True",
+        ),
+    ],
+)
+def test_two_layers_share_their_settings(tmp_path, key, value, shapes, found):
     made = Made()
     config = made.config()
     second = json.loads(json.dumps(config["config"]["layers"][LMU]))
     config["config"]["layers"][LMU]["config"]["return_sequences"] = True
     second["config"]["name"] = "rnn_1"
-    second["config"]["cell"]["config"]["order"] = 5
+    second["config"]["cell"]["config"][key] = value
     config["config"]["layers"].insert(2, second)
     rng = np.random.default_rng(0)
     layers = made.named()
-    shapes = {"simple_rnn_cell/kernel": (10, 4), "simple_rnn_cell/recurrent_kernel": (4, 4), "simple_rnn_cell/bias": (4,)}
-    layers["rnn_1"] = {
-        f"rnn_1/lmu_cell/{key}:0": rng.normal(size=shape) for key, shape in (shapes | {"kernel": (4, 2)}).items()
-    }
-    with pytest.raises(InputError, match="share their settings, apart from theta; found order 6 and 5"):
+    shapes = {"simple_rnn_cell/recurrent_kernel": (4, 4), "simple_rnn_cell/bias": (4,), **shapes}
+    layers["rnn_1"] = {f"rnn_1/lmu_cell/{name}:0": rng.normal(size=shape) for name, shape in shapes.items()}
+    with pytest.raises(InputError, match=f"share their settings, apart from theta; found {found}"):
         from_keras(made.h5(tmp_path / "model.h5", layers=layers, config=config))
 
 
