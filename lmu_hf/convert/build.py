@@ -98,9 +98,7 @@ def _config(architecture: Architecture, weights: Weights) -> dict[str, Any]:
     settings = [_layer_settings(lmu) for lmu in architecture.lmus]
     defaults = vars(LMUConfig())
     for lmu, other in zip(others, settings[1:], strict=True):
-        pairs = {
-            key: [one.get(key, defaults.get(key)) for one in (settings[0], other)] for key in {**settings[0], **other}
-        }
+        pairs = {key: [one.get(key, defaults.get(key)) for one in (settings[0], other)] for key in {**settings[0], **other}}
         differing = [f"{key} {a!r} and {b!r}" for key, (a, b) in pairs.items() if a != b]
         if differing:
             found = ", ".join(differing[:3])

@@ -93,7 +93,7 @@ class _Sizes:
     def __init__(self, batch: int, steps: int, memory: Tensor | None, operators: ChunkOperators):
         self.steps = steps
         self.dims = 0 if memory is None else memory.shape[-2]
-        self.chunk = 16 if operators.response is None else operators.response.shape[1]
+        self.chunk = 16 if operators.response is None else operators.chunk
         self.chunks = -(-steps // self.chunk)
         self.total = self.chunks * self.chunk if self.dims else steps
         width = operators.step.shape[1] if operators.read is None else max(operators.read.shape)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from worker import resident
 
 from lmu_hf import LMU, LMUConfig, LMUForTimeSeriesPrediction
 from lmu_hf.kinds import KINDS
@@ -50,25 +51,19 @@ def stream(delay: int) -> None:
     noise = torch.randn(WARM + STEPS, 1, 1)
     for index in range(WARM):  # a loop over the tensor would hold a view of each of its steps
         stream.step(noise[index])
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     started = time.perf_counter()
     for index in range(WARM, WARM + STEPS):
         stream.step(noise[index])
     seconds = time.perf_counter() - started
     state = sum(tensor.numel() * tensor.element_size() for tensor in stream.cache.states[0].tensors())
-    extra = _resident("VmHWM") - before
+    extra = resident("VmHWM") - before
     print(
         json.dumps(
             {"state_bytes": state, "extra_kib": extra, "steps": STEPS, "microseconds_per_step": 1e6 * seconds / STEPS}
         )
     )
-
-
-def _resident(name: str) -> int:
-    """A line of /proc/self/status, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def main(folder: Path) -> None:
