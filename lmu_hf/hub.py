@@ -215,14 +215,14 @@ def check_for_secrets(files: dict[str, Path], model_dir: Path, token: str | None
             content = file.read(size)
         if _TOKEN.search(content) or (token and token.encode() in content):
             raise InputError(f"model: {name} holds an access token and is not published; remove it, and revoke the token")
-        if name.endswith(".json"):
-            for place in places:
-                if len(place) > 2 and place.encode() in content:
-                    raise InputError(f"model: {name} names the local path {place} and is not published; remove it")
         if name == RESULT_FILE or name.endswith("config.json"):
             for word in _words(read_mapping(path)):
                 if len(word) > 2 and Path(word).is_absolute() and _exists(word):
                     raise InputError(f"model: {name} names the local path {word} and is not published; remove it")
+        if name.endswith(".json"):
+            for place in places:
+                if len(place) > 2 and place.encode() in content:
+                    raise InputError(f"model: {name} names the local path {place} and is not published; remove it")
 
 
 def _words(content: Any) -> Iterator[str]:

@@ -1,13 +1,16 @@
 """What every test gets: a fixed seed, and no network."""
 
 import socket
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import hub_server
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 from transformers.utils import logging
 
 import lmu_hf
@@ -32,6 +35,8 @@ def _no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+    # The client of the Hub tries again, and waits longer each time.
+    monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
 
 
 @pytest.fixture(autouse=True)
