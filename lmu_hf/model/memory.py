@@ -430,8 +430,6 @@ def unfold_state(memory: Tensor, shape: torch.Size) -> Tensor:
 
 def _finish(states: Tensor, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """Takes each row's final state out of the sequence and blanks the steps past its length."""
-    if lengths is None:
-        return states, states[:, -1]
     final = last_valid(states, lengths)
     if initial_state is not None:
         final = where_started(final, initial_state, lengths)

@@ -81,9 +81,12 @@ def reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def last_valid(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """The last valid step of each row of (B, T, ...) -> (B, ...); zeros for a row without any."""
+    """The last valid step of each row of (B, T, ...) -> (B, ...); zeros for a row without any.
+
+    A copy: whoever keeps a state must not keep the sequence that it is the end of.
+    """
     if lengths is None:
-        return x[:, -1]
+        return x[:, -1].clone()
     last = _take(x, (lengths - 1).clamp(min=0)[:, None])[:, 0]
     return last.masked_fill(_like(lengths == 0, last), 0)
 

@@ -96,3 +96,14 @@ def test_the_plan_is_that_of_a_segment():
     layer.checkpoint_steps = 8
     assert layer.explain(2, 5000, training=True) == layer.explain(2, 8, training=True)
     assert layer.explain(2, 5000, training=False) == whole._replace(chunk=layer.explain(2, 5000, training=False).chunk)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("sequences", [False, True])
+def test_a_state_keeps_nothing_else_alive(name, sequences, loop):
+    """Somebody who carries a state from call to call holds its numbers, not the sequence that it is the end of."""
+    layer = build(name, return_sequences=sequences)
+    for lengths in (None, torch.tensor([40, 0, 17])):
+        output, state = layer(torch.randn(3, 40, 3, dtype=F64), lengths=lengths)
+        for tensor in [*state.tensors(), *([] if sequences else [output])]:
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
