@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .compiled import SMALL_ORDER, available
-from .feedback import advance, feedback_backward, feedback_forward
+from .feedback import advance
+from .folding import ChunkOperators
 from .gates import GATES
 from .memory import fold_rows, fold_state, unfold_rows, unfold_state
 from .precision import full_float32
-from .scan import ChunkOperators, scan_class
+from .scan import scan_class
 
 State = tuple[Tensor, ...]
 
@@ -140,7 +141,7 @@ class _ChunkedScan(torch.autograd.Function):
         for first, length in sizes.segments():
             known = _known(_cut(given, first, length), weight, bias, (batch, length, width), scratch)
             if feedback:
-                memory = feedback_forward(scan, first, known, u, starts, memory, operators)
+                memory = scan.feedback_forward(first, known, u, starts, memory, operators)
                 continue
             if memory is not None:
                 for at in range(first, first + length, chunk):
@@ -202,7 +203,7 @@ class _ChunkedScan(torch.autograd.Function):
                 arrived = scratch.take("arrived", batch, chunks.stop - chunks.start + 1, starts.shape[2])
                 arrived[:, -1] = 0 if grad_memory is None else grad_memory
             if feedback:
-                feedback_backward(scan, first, inputs, grad, grad_starts, arrived, operators)
+                scan.feedback_backward(first, inputs, grad, grad_starts, arrived, operators)
             else:
                 scan.backward(first, min(length, steps - first), nothing, grad)
                 if dims:
@@ -295,9 +296,7 @@ def _send_back(grad_u: Tensor, to_starts: Tensor, arrived: Tensor, operators: Ch
     ``to_starts`` (M, D * N) is what reaches the memory at the start of each chunk from within it; ``arrived`` (B, L / C + 1,
     D * N) takes all that reaches it, and holds in its last place what reaches the end of the segment.
     """
-    power, response = operators.power, operators.response
-    assert power is not None
-    assert response is not None
+    power, response = operators.advance
     batch, places, _ = arrived.shape
     to_starts = to_starts.reshape(batch, places - 1, -1)
     states = arrived.unflatten(2, (-1, power.shape[1]))

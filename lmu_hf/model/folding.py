@@ -10,7 +10,7 @@ so with A^i K and H[lag] K computed once, all that is needed of the memory is it
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,42 @@ from .precision import exact_matmul
 
 if TYPE_CHECKING:
     from .lmu_cell import LMUCell
+
+
+class ChunkOperators(NamedTuple):
+    """The constant matrices of a chunk.
+
+    Attributes:
+        step: [u of the chunk so far, h] -> sums, ((C - 1) * D + H, W), or (H, W) where u is known in advance.
+        power: A^C (S, N, N).
+        response: A^(C-1-i) B (S, C, N).
+        fold: the memory at the start of a chunk -> its part of the chunk's sums (D * N, C * W).
+        from_u: the u of a chunk -> their part (C * D, C * W), beside ``fold`` where u is known in advance.
+        states: :meth:`DelaySystem.chunk_operator`, [memory at the start, u] -> memory after each step (S, N + C, C * N); with
+            ``read`` in place of ``fold`` and ``from_u``.
+        read: memory after a step -> its part of the sums of the step (D * N, W).
+    """
+
+    step: Tensor
+    power: Tensor | None = None
+    response: Tensor | None = None
+    fold: Tensor | None = None
+    from_u: Tensor | None = None
+    states: Tensor | None = None
+    read: Tensor | None = None
+
+    @property
+    def chunk(self) -> int:
+        """Steps per chunk C."""
+        assert self.response is not None
+        return self.response.shape[1]
+
+    @property
+    def advance(self) -> tuple[Tensor, Tensor]:
+        """``power`` and ``response``, of operators that have them: what advances the memory by a chunk."""
+        assert self.power is not None
+        assert self.response is not None
+        return self.power, self.response
 
 
 def applied_powers(weight: Tensor, system: DelaySystem, memory_d: int, count: int) -> Tensor:

@@ -27,12 +27,11 @@ from torch import Tensor
 
 from .chunked_scan import chunked_scan
 from .costs import coupled_chunk
-from .folding import encoder_matrix, feedback_operators, final_memory, input_operators
+from .folding import ChunkOperators, encoder_matrix, feedback_operators, final_memory, input_operators
 from .gates import GateWeights
 from .legendre import DelaySystem
 from .memory import measured
 from .ragged import blank, last_valid, where_started
-from .scan import ChunkOperators
 from .state import Dropout, LMUState
 
 if TYPE_CHECKING:

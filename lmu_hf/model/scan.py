@@ -12,47 +12,20 @@ checkpoint that carries this file along runs without either.
 
 import os
 from functools import cache, cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .compiled import available, panels
+from .feedback import Feedback
+from .folding import ChunkOperators
 from .gates import GATES
 
 State = tuple[Tensor, ...]
 
 
-class ChunkOperators(NamedTuple):
-    """The constant matrices of a chunk.
-
-    Attributes:
-        step: [u of the chunk so far, h] -> sums, ((C - 1) * D + H, W), or (H, W) where u is known in advance.
-        power: A^C (S, N, N).
-        response: A^(C-1-i) B (S, C, N).
-        fold: the memory at the start of a chunk -> its part of the chunk's sums (D * N, C * W).
-        from_u: the u of a chunk -> their part (C * D, C * W), beside ``fold`` where u is known in advance.
-        states: :meth:`DelaySystem.chunk_operator`, [memory at the start, u] -> memory after each step (S, N + C, C * N); with
-            ``read`` in place of ``fold`` and ``from_u``.
-        read: memory after a step -> its part of the sums of the step (D * N, W).
-    """
-
-    step: Tensor
-    power: Tensor | None = None
-    response: Tensor | None = None
-    fold: Tensor | None = None
-    from_u: Tensor | None = None
-    states: Tensor | None = None
-    read: Tensor | None = None
-
-    @property
-    def chunk(self) -> int:
-        """Steps per chunk C."""
-        assert self.response is not None
-        return self.response.shape[1]
-
-
-class NaiveScan:
+class NaiveScan(Feedback):
     """The steps of the chunks of one sequence, forwards or backwards.
 
     Args:
@@ -137,7 +110,7 @@ class NaiveScan:
         return self.gates.initial_gradients(self.carry)
 
 
-class CompiledScan:
+class CompiledScan(Feedback):
     """:class:`NaiveScan` with its loop in C++."""
 
     language = "compiled"
@@ -145,7 +118,7 @@ class CompiledScan:
     def __init__(self, kind: str, step: Tensor, chunk: int, dims: int, states: State, kept: State):
         self.kind, self.step, self.chunk = kind, step, chunk
         self.states, self.kept = [state.contiguous() for state in states], list(kept)
-        self.advance: tuple[Tensor, Tensor] | None = None
+        self.advance: tuple[Tensor, ...] = ()  # of this direction: each object runs one way only
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -157,11 +130,9 @@ class CompiledScan:
     def feedback_forward(
         self, first: int, known: Tensor, u: Tensor, starts: Tensor, memory: Tensor, operators: ChunkOperators
     ) -> Tensor:
-        """:func:`feedback.naive_feedback_forward` in one call."""
-        if self.advance is None:
-            assert operators.power is not None
-            assert operators.response is not None
-            self.advance = panels(operators.power.mT), panels(operators.response)
+        if not self.advance:
+            power, response = operators.advance
+            self.advance = panels(power.mT), panels(response)
         memory = memory.clone(memory_format=torch.contiguous_format)
         torch.ops.lmu_hf.feedback_forward(
             self.kind, first, known, operators.fold, *self.advance, self.matrix, self.states, self.kept, u, starts, memory
@@ -173,7 +144,6 @@ class CompiledScan:
         of_u, of_hidden = self.step.tensor_split([len(self.step) - self.states[0].shape[1]])
         self.transposed = (panels(of_hidden.mT), panels(of_u.mT))
         self.carries = [torch.zeros_like(state) for state in self.states]
-        self.advance = None
 
     def feedback_backward(
         self,
@@ -184,11 +154,9 @@ class CompiledScan:
         arrived: Tensor,
         operators: ChunkOperators,
     ) -> None:
-        """:func:`feedback.naive_feedback_backward` in one call."""
-        if self.advance is None:
-            assert operators.power is not None
-            assert operators.response is not None
-            self.advance = panels(operators.power), panels(operators.response.mT)
+        if not self.advance:
+            power, response = operators.advance
+            self.advance = panels(power), panels(response.mT)
         torch.ops.lmu_hf.feedback_backward(
             self.kind,
             first,

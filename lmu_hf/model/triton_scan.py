@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .feedback import Feedback
 from .triton_parts import activation, arriving, derivative, gate, hold, product, read, sigmoid, tanh, write
 
 State = tuple[Tensor, ...]
@@ -335,7 +336,7 @@ def rows_per_program(batch: int, like: Tensor) -> int:
     return next((rows for rows in (1, 2) if batch <= 2 * rows * processors), 4)
 
 
-class TritonScan:
+class TritonScan(Feedback):
     """:class:`scan.NaiveScan` for float32 tensors, with its loop in a kernel.
 
     Args:

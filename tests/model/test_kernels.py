@@ -16,8 +16,9 @@ import torch
 
 from lmu_hf import LMU
 from lmu_hf.model.chunked_scan import _Sizes
+from lmu_hf.model.folding import ChunkOperators
 from lmu_hf.model.gates import GATES
-from lmu_hf.model.scan import ChunkOperators, NaiveScan, scan_class
+from lmu_hf.model.scan import NaiveScan, scan_class
 
 TRITON = importlib.util.find_spec("triton") is not None
 with_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed: pip install lmu-hf[gpu], Linux on x86_64 only")
