@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmu_hf import LMU
-from lmu_hf.model import lookahead, plan
+from lmu_hf.model import plan
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "benchmarks"
 
@@ -63,9 +63,8 @@ def counted(layer, steps, batch, inputs):
 @pytest.mark.parametrize("chunk", [4, 16])
 @pytest.mark.parametrize("kind", ["coupled", "folded", "written", "naive coupled", "naive uncoupled"])
 def test_operations_of_an_lmu(kind, chunk, python_loop, monkeypatch):
-    for where in (lookahead, plan):
-        monkeypatch.setattr(where, "coupled_chunk", lambda *_: chunk)
-    monkeypatch.setattr(plan, "uncoupled_chunk", lambda *_, **__: (kind == "folded", chunk))
+    way = ("lookahead" if kind == "coupled" else kind, chunk)
+    monkeypatch.setattr(plan, "recurrence_algorithm", lambda *_, **__: way)
     coupled = "coupled" in kind.split()
     arguments = {"hidden_to_memory": coupled, "memory_to_memory": coupled, "input_to_hidden": True, "return_sequences": True}
     layer = LMU(2, 2, 40, 60.0, "rnn", 30, **arguments)

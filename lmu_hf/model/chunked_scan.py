@@ -19,7 +19,7 @@ from torch import Tensor
 from .compiled import SMALL_ORDER, available
 from .feedback import advance
 from .folding import ChunkOperators
-from .gates import GATES
+from .gates import allocate
 from .memory import fold_rows, fold_state, unfold_rows, unfold_state
 from .precision import full_float32
 from .scan import scan_class
@@ -47,6 +47,7 @@ def chunked_scan(
     steps: int,
     *,
     half: bool = False,
+    linear: int = 0,
 ) -> tuple[Tensor | None, Tensor | None, State]:
     """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
 
@@ -61,12 +62,16 @@ def chunked_scan(
         states: hidden state tensors before the first step, (B, H) each.
         steps: T.
         half: what multiplies h may be rounded to bfloat16 where that is faster, which is on CUDA. States and sums never are.
+        linear: of a recurrence without memory beside it, whose first state is [m, h]: how many numbers m has. The sums begin with
+            the next m, and W counts them.
 
     Returns:
         u (B, K * C, D), zero past T, where it is computed here; the memory at the start of each chunk (B, K, D * N), where there
         is one; and each state tensor after every step (B, T, H).
     """
-    u, starts, *sequences = _ChunkedScan.apply(kind, steps, half, given, weight, bias, u, memory, *operators, *states)
+    u, starts, *sequences = _ChunkedScan.apply(
+        kind, steps, half, linear, given, weight, bias, u, memory, *operators, *states
+    )
     return u, starts, tuple(sequences)
 
 
@@ -117,6 +122,7 @@ class _ChunkedScan(torch.autograd.Function):
         kind: str,
         steps: int,
         half: bool,
+        linear: int,
         given: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -129,13 +135,13 @@ class _ChunkedScan(torch.autograd.Function):
         batch, width = states[0].shape[0], step.shape[1]
         sizes = _Sizes(batch, steps, memory, operators)
         dims, chunk, total = sizes.dims, sizes.chunk, sizes.total
-        kept = GATES[kind].allocate(states, steps)
+        kept = allocate(kind, linear, states, steps)
         starts: Any = None if memory is None else step.new_empty(batch, sizes.chunks, memory[0].numel())
         feedback = memory is not None and u is None
         if u is None:
             u = step.new_empty(batch, total, dims)
             u[:, steps:] = 0
-        scan = scan_class(step, half)(kind, step, chunk, dims if feedback else 0, states, kept)
+        scan = _make_scan(kind, half, linear, step, chunk, dims if feedback else 0, states, kept)
         nothing = step.new_empty(batch, steps, 0)
         scratch = _Scratch(step)
         for first, length in sizes.segments():
@@ -159,7 +165,8 @@ class _ChunkedScan(torch.autograd.Function):
             scan.forward(first, min(length, steps - first), known, nothing)
         saved = (given, weight, bias, u, starts, *operators, *states, *kept)
         ctx.save_for_backward(*saved)
-        ctx.kind, ctx.half, ctx.sizes, ctx.states, ctx.feedback = kind, half, sizes, len(states), feedback
+        ctx.kind, ctx.half, ctx.linear = kind, half, linear
+        ctx.sizes, ctx.states, ctx.feedback = sizes, len(states), feedback
         ctx.set_materialize_grads(False)
         return (u if feedback else None), starts, *kept[: len(states)]
 
@@ -176,11 +183,11 @@ class _ChunkedScan(torch.autograd.Function):
         dims, chunk, steps = sizes.dims, sizes.chunk, sizes.steps
         step, power, _, fold, from_u, _, read = tensors
         needed = dict(
-            zip(("given", "weight", "bias", "u", "memory", *operators._fields), ctx.needs_input_grad[3:], strict=False)
+            zip(("given", "weight", "bias", "u", "memory", *operators._fields), ctx.needs_input_grad[4:], strict=False)
         )
         batch, width = states[0].shape[0], step.shape[1]
 
-        scan = scan_class(step, ctx.half)(ctx.kind, step, chunk, dims if feedback else 0, states, kept)
+        scan = _make_scan(ctx.kind, ctx.half, ctx.linear, step, chunk, dims if feedback else 0, states, kept)
         sequences = zip(grad_sequences, kept, strict=False)
         scan.start_backward(tuple(torch.zeros_like(own) if grad is None else grad for grad, own in sequences))
         grad_given = torch.empty_like(given) if needed["given"] else None
@@ -248,6 +255,7 @@ class _ChunkedScan(torch.autograd.Function):
             None,
             None,
             None,
+            None,
             grad_given,
             grads.get("weight"),
             grads.get("bias"),
@@ -256,6 +264,11 @@ class _ChunkedScan(torch.autograd.Function):
             *(grads.get(name) for name in operators._fields),
             *scan.initial_gradients(),
         )
+
+
+def _make_scan(kind: str, half: bool, linear: int, step: Tensor, chunk: int, dims: int, states: State, kept: State) -> Any:
+    options = {"linear": linear} if linear else {}
+    return scan_class(step, half, bool(linear))(kind, step, chunk, dims, states, kept, **options)
 
 
 def _known(

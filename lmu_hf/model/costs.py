@@ -111,45 +111,104 @@ def memory_chunk(rows: int, steps: int, order: int, *, training: bool, measured:
     return min((size for name, size in costs if name == "chunked"), key=lambda size: costs["chunked", size])
 
 
-def coupled_chunk(
-    batch: int, steps: int, memory_d: int, order: int, hidden_size: int, width: int, measured: bool = True
-) -> int:
-    """Steps per chunk of the look-ahead recurrence; ``width`` is that of a step's sums, memory_d and gates.
+class Recurrence(NamedTuple):
+    """The sizes of a run whose steps depend on each other: B, T, D, N, the hidden size H and the width G of its gates."""
 
-    Longer chunks mean fewer advances of the memory but a longer short kernel per step, and more operators to build. Where nothing
-    was ``measured``, launches are what costs: long chunks, unless their short kernel outgrows the hidden state by far.
+    batch: int
+    steps: int
+    memory_d: int
+    order: int
+    hidden_size: int
+    gates: int
+
+
+def lookahead_costs(sizes: Recurrence) -> dict[int, float]:
+    """What :func:`lookahead_recurrence` takes, forward and backward: steps per chunk -> nanoseconds.
+
+    Longer chunks mean fewer advances of the memory but a longer short kernel per step, and more operators to build.
+    """
+    batch, steps, dims, order, hidden, gates = sizes
+    rows, width = batch * steps, dims + gates
+    costs = {}
+    for size in (size for size in CHUNKS[:7] if size <= max(steps, 1)):
+        chunks = -(-steps // size)
+        products = rows * ((hidden + size * dims / 2) * width + dims * order * width + dims * order * order / size)
+        numbers = rows * (6.9 * (width + hidden) + 3.9 * dims * size + 18.0 * dims * order / size)
+        building = 17.0 * size * dims * order * width
+        costs[size] = 2.49e6 + 21.8e3 * chunks + 3.2e3 * steps + 0.0177 * products + numbers + building
+    return costs
+
+
+def uncoupled_costs(sizes: Recurrence, *, compiled: bool) -> dict[tuple[str, int], float]:
+    """What :func:`uncoupled_recurrence` takes, forward and backward: ("folded" or "written", steps per chunk) -> nanoseconds."""
+    batch, steps, dims, order, hidden, gates = sizes
+    rows, recurrent = batch * steps, hidden * gates
+    step_by_step = compiled and order <= SMALL_ORDER
+    costs = {}
+    for size in (size for size in (8, 16, 32, 64) if size <= max(steps, 8)):
+        chunks = -(-steps // size)
+        products = rows * (recurrent + dims * (size * gates + order * gates + order * order / size))
+        numbers = rows * (5.5 * (gates + hidden) + 19.2 * dims + 34.4 * dims * order / size)
+        building = 9.5 * size * dims * gates * (order + size)
+        costs["folded", size] = 2.13e6 + 80.5e3 * chunks + 750 * steps + 0.03 * products + numbers + building
+        each = 8 if step_by_step else size + order + order / size
+        products = rows * (recurrent + dims * order * (each + gates))
+        numbers = rows * 5.6 * (gates + hidden + dims * order)
+        # With few rows, reading the chunk's operator costs more than multiplying with it.
+        reading = 0 if step_by_step else 0.136 * steps * (size + order) * order
+        costs["written", size] = 1.71e6 + 83.7e3 * chunks + 755 * steps + 0.0275 * products + numbers + reading
+    return costs
+
+
+def merged_cost(sizes: Recurrence) -> float:
+    """What :func:`merged_recurrence` takes, forward and backward, in nanoseconds."""
+    batch, steps, dims, order, hidden, gates = sizes
+    linear, rows = dims * order, batch * steps
+    matrix = (linear + hidden) * (linear + gates)
+    # What does not stay in the cache next to the processor is read anew in each step.
+    reading = 0.225 * steps * max(matrix - 1e5, 0)
+    return 1.21e6 + 1.56e3 * steps + rows * (0.0346 * matrix + 3.8 * (linear + hidden + gates)) + 12 * matrix + reading
+
+
+def lookahead_chunk(sizes: Recurrence, *, measured: bool) -> int:
+    """Steps per chunk of the look-ahead recurrence.
+
+    Where nothing was ``measured``, launches are what costs: long chunks, unless their short kernel outgrows the hidden state.
     """
     if not measured:
-        longest = min(_DEFAULT_CHUNK, max(steps, 1), max(4 * hidden_size, 256) // memory_d)
+        longest = min(_DEFAULT_CHUNK, max(sizes.steps, 1), max(4 * sizes.hidden_size, 256) // sizes.memory_d)
         return max(size for size in CHUNKS if size <= max(longest, 1))
-
-    def cost(size: int) -> float:
-        per_step = batch * (hidden_size + size * memory_d / 2) * width
-        per_chunk = batch * memory_d * order * order
-        building = 12 * size * memory_d * order * width
-        return 0.03 * (steps * per_step + steps / size * per_chunk) + 65e3 * steps / size + building
-
-    return min((size for size in CHUNKS[:7] if size <= max(steps, 1)), key=cost)
+    costs = lookahead_costs(sizes)
+    return min(costs, key=costs.__getitem__)
 
 
-def uncoupled_chunk(batch: int, steps: int, memory_d: int, order: int, width: int, *, compiled: bool) -> tuple[bool, int]:
-    """Whether to fold the memory into the hidden cell's weights, rather than write it, and the steps per chunk.
+def recurrence_algorithm(
+    sizes: Recurrence,
+    *,
+    hidden_to_memory: bool,
+    memory_to_memory: bool,
+    compiled: bool,
+    measured: bool,
+    merges: bool = True,
+) -> tuple[str, int]:
+    """How to run a layer with a hidden cell in affine gates: ``Plan.memory`` and ``Plan.chunk``.
 
-    ``width`` is that of the gates.
+    Args:
+        sizes: of the layer and of the run.
+        hidden_to_memory: the hidden state is fed back into the memory.
+        memory_to_memory: the memory is; without the hidden state, its input is computed first.
+        compiled: the compiled loops are there.
+        measured: whether the models hold; "merged" is taken only where they do.
+        merges: whether it may be taken at all.
     """
-
-    def folded(size: int) -> float:
-        products = batch * steps * memory_d * (size * width + order * width + order * order / size)
-        return 0.03 * products + 65e3 * steps / size + 12 * size * memory_d * order * width
-
-    def written(size: int) -> float:
-        step_by_step = compiled and order <= SMALL_ORDER
-        each = 8 if step_by_step else size + order + order / size
-        # With few rows, reading the chunk's operator costs more than multiplying with it.
-        reading = 0 if step_by_step else 0.1 * steps * (order + size) * order
-        return batch * steps * memory_d * order * (0.03 * (each + width) + 1) + 65e3 * steps / size + reading
-
-    sizes = [size for size in (8, 16, 32, 64) if size <= max(steps, 8)]
-    best = {True: min(sizes, key=folded), False: min(sizes, key=written)}
-    folds = folded(best[True]) < written(best[False])
-    return folds, best[folds]
+    costs: dict[tuple[str, int], float]
+    if hidden_to_memory:
+        if not measured:
+            return "lookahead", lookahead_chunk(sizes, measured=False)
+        costs = {("lookahead", size): cost for size, cost in lookahead_costs(sizes).items()}
+    else:
+        first = min(lookahead_costs(sizes._replace(hidden_size=0, gates=0)).values()) if memory_to_memory else 0.0
+        costs = {way: first + cost for way, cost in uncoupled_costs(sizes, compiled=compiled).items()}
+    if measured and merges:
+        costs["merged", 0] = merged_cost(sizes)
+    return min(costs, key=costs.__getitem__)

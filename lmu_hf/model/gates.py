@@ -10,6 +10,7 @@ Shapes: B batch, T time, H hidden size, G gate width (a multiple of H).
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cells import DenseCell, GRUCell, LSTMCell, RNNCell, TorchCell
@@ -286,3 +287,40 @@ GATES: dict[str, type[Gates]] = {
     "lstm": _LSTM,
     "gru": _GRU,
 }
+
+
+class MemoryAndGates(Gates):
+    """The step of a cell whose first state is [m, h]: the first ``linear`` sums are the memory m itself, the others its gates."""
+
+    def __init__(self, kind: str, linear: int, states: tuple[Tensor, ...], kept: tuple[Tensor, ...]):
+        super().__init__(states, kept)
+        self.linear = linear
+        self.gates = GATES[kind]((states[0][:, linear:], *states[1:]), (kept[0][..., linear:], *kept[1:]))
+
+    def step(self, t: int, gates: Tensor) -> Tensor:
+        output = self.hidden[:, t]
+        output[:, : self.linear] = gates[:, : self.linear]
+        self.gates.step(t, gates[:, self.linear :])
+        return output
+
+    def back(self, t: int, grad: Tensor, grad_gates: Tensor) -> Tensor | None:
+        grad_gates[:, : self.linear] = grad[:, : self.linear]
+        direct = self.gates.back(t, grad[:, self.linear :], grad_gates[:, self.linear :])
+        return None if direct is None else F.pad(direct, (self.linear, 0))
+
+    def initial_gradients(self, carry: Tensor) -> tuple[Tensor, ...]:
+        return (carry, *self.gates.initial_gradients(carry[:, self.linear :])[1:])
+
+    def load_gradients(self, grads: tuple[Tensor, ...]) -> None:
+        self.gates.load_gradients((grads[0][..., self.linear :], *grads[1:]))
+
+
+def make_gates(kind: str, linear: int, states: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Gates:
+    """The step of a cell of this kind, behind ``linear`` numbers of memory."""
+    return MemoryAndGates(kind, linear, states, kept) if linear else GATES[kind](states, kept)
+
+
+def allocate(kind: str, linear: int, states: tuple[Tensor, ...], steps: int) -> tuple[Tensor, ...]:
+    """:meth:`Gates.allocate` for such a step."""
+    kept = GATES[kind].allocate((states[0][:, linear:], *states[1:]), steps)
+    return (states[0].new_empty(len(states[0]), steps, states[0].shape[1]), *kept[1:]) if linear else kept

@@ -18,6 +18,7 @@ from .gates import gate_weights
 from .lmu_cell import LMUCell
 from .lookahead import gated_scan, lookahead_input, lookahead_recurrence, uncoupled_recurrence
 from .memory import ALGORITHMS, linear_memory, wants_gradient
+from .merged import merged_recurrence
 from .plan import Plan, make_plan
 from .ragged import blank, check_lengths, last_valid, pack, reverse, to_front, to_place, where_started
 from .recurrence import naive_recurrence, naive_scan
@@ -115,13 +116,18 @@ class LMU(nn.Module):
 
     @algorithm.setter
     def algorithm(self, name: str) -> None:
-        known = ["auto", *ALGORITHMS, "lookahead"]
+        known = ["auto", *ALGORITHMS, "lookahead", "merged"]
         if name not in known:
             raise ValueError(f"algorithm: expected one of {known}, found {name!r}")
         if name == "lookahead" and not self.cell.coupled:
             raise ValueError(
                 "algorithm: 'lookahead' is for hidden_to_memory or memory_to_memory; without them the memory's input is known "
                 "in advance, so use 'chunked', 'fft' or 'auto'"
+            )
+        if name == "merged" and not (self.cell.hidden_to_memory or self._hidden_is_recurrent):
+            raise ValueError(
+                "algorithm: 'merged' runs memory and hidden state step by step, but here all steps can be computed at once; use "
+                "'auto'"
             )
         if name in ("chunked", "fft", "final", "scan") and self.cell.coupled:
             raise ValueError(
@@ -299,6 +305,9 @@ class LMU(nn.Module):
         sequence: Any = {"return_sequence": return_sequences}
         if self.algorithm == "naive" or (plan.memory == "naive" and (cell.coupled or self._hidden_is_recurrent)):
             return naive_recurrence(cell, x, state, lengths, system, dropout, **sequence)
+        if plan.memory == "merged":
+            assert weights is not None
+            return merged_recurrence(cell, weights, x, state, lengths, system, dropout, **sequence)
         if plan.memory == "lookahead":
             assert weights is not None
             return lookahead_recurrence(cell, weights, x, state, lengths, system, dropout, plan.chunk, **sequence)

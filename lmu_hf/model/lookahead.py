@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunked_scan import chunked_scan
-from .costs import coupled_chunk
+from .costs import Recurrence, lookahead_chunk
 from .folding import ChunkOperators, encoder_matrix, feedback_operators, final_memory, input_operators
 from .gates import GateWeights
 from .legendre import DelaySystem
@@ -69,7 +69,7 @@ def lookahead_input(cell: LMUCell, x: Tensor, memory: Tensor, system: DelaySyste
     """The memory's input u (B, T, D) of an LMU with ``memory_to_memory`` only, for which no hidden state is needed."""
     empty = x.new_zeros(0, 0)
     weights = GateWeights("linear", x.new_zeros(cell.memory_d * cell.order, 0), empty, None)
-    chunk = coupled_chunk(x.shape[0], x.shape[1], cell.memory_d, cell.order, 0, cell.memory_d, measured(x))
+    chunk = lookahead_chunk(Recurrence(x.shape[0], x.shape[1], cell.memory_d, cell.order, 0, 0), measured=measured(x))
     with torch.autocast(x.device.type, enabled=False):
         u, *_ = _run(cell, x, memory, (x.new_zeros(x.shape[0], 0),), weights, system, dropout, chunk)
     return u[:, : x.shape[1]]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .cells import is_recurrent
 from .compiled import available
-from .costs import coupled_chunk, memory_algorithm, memory_chunk, uncoupled_chunk
+from .costs import Recurrence, memory_algorithm, memory_chunk, recurrence_algorithm
 from .gates import GateWeights
 from .memory import measured
 from .scan import scan_class
@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from .lmu_cell import LMUCell
 
 
+_INPUT_KNOWN = "the memory's input is known in advance"
+_INPUT_FIRST = "the memory's input is computed first, by look-ahead, as memory_to_memory feeds the memory back"
+
+
 class Plan(NamedTuple):
     """How one call of a layer is computed.
 
     Attributes:
         memory: "naive" (step by step), "lookahead" (fed back, in chunks), "folded" or "written" (together with a recurrent hidden
-            cell, in chunks: folded into its weights, or written a few chunks at a time), or an algorithm of
-            :func:`linear_memory`: "chunked", "fft", "final", "scan".
+            cell, in chunks: folded into its weights, or written a few chunks at a time), "merged" (one product a step for memory
+            and gates), or an algorithm of :func:`linear_memory`: "chunked", "fft", "final", "scan".
         chunk: time steps at a time; 0 where the algorithm knows no chunks.
         hidden: "at once" for all steps; "compiled loop", "triton loop" or "python loop" over affine gates; "step by step"; None
             without a hidden cell.
@@ -81,25 +85,20 @@ def make_plan(
             return _naive(cell, "an exported graph cannot hold the differentiable function of the fast loops")
     # Half precision is computed in float32.
     like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
-    width = 0 if weights is None else weights.input_weight.shape[1]
     if cell.coupled:
         reason = unsupported(cell, weights, dropout)
         if reason is not None:
-            if algorithm == "lookahead":
-                raise ValueError(f"algorithm: 'lookahead' cannot run this layer, because {reason}; use 'auto' or 'naive'")
+            if algorithm in ("lookahead", "merged"):
+                raise ValueError(f"algorithm: {algorithm!r} cannot run this layer, because {reason}; use 'auto' or 'naive'")
             return _naive(cell, reason)
-    if cell.hidden_to_memory:
-        assert cell.hidden_cell is not None
-        sizes = (cell.memory_d, cell.order, cell.state_sizes[0], cell.memory_d + width, measured(like))
-        return Plan("lookahead", coupled_chunk(batch, steps, *sizes), _loop(like), "hidden_to_memory feeds the state back")
-    because = "the memory's input is known in advance"
-    if cell.memory_to_memory:
-        because = "the memory's input is computed first, by look-ahead, as memory_to_memory feeds the memory back"
+    if weights is not None and (cell.hidden_to_memory or recurrent) and algorithm in ("auto", "lookahead", "merged"):
+        return _recurrence(cell, algorithm, batch, steps, weights, like)
+    if algorithm == "merged":
+        reason = "its hidden cell has no form as affine gates"
+        raise ValueError(f"algorithm: 'merged' cannot run this layer, because {reason}; use 'auto' or 'naive'")
+    because = _INPUT_FIRST if cell.memory_to_memory else _INPUT_KNOWN
     if algorithm == "lookahead":
         algorithm = "auto"
-    if algorithm == "auto" and recurrent and weights is not None:
-        folds, chunk = uncoupled_chunk(batch, steps, cell.memory_d, cell.order, width, compiled=available(like))
-        return Plan("folded" if folds else "written", chunk, _loop(like), because)
     rows, known = batch * cell.memory_d, measured(like)
     if algorithm == "auto":
         every = return_sequences or recurrent
@@ -117,6 +116,27 @@ def make_plan(
     return Plan(memory, min(chunk, steps), hidden, because)
 
 
+def _recurrence(cell: LMUCell, algorithm: str, batch: int, steps: int, weights: GateWeights, like: Tensor) -> Plan:
+    """How to run a hidden cell in affine gates, together with its memory."""
+    if algorithm == "merged":
+        return Plan("merged", 0, _loop(like, merged=True), "algorithm='merged'")
+    sizes = Recurrence(batch, steps, cell.memory_d, cell.order, cell.state_sizes[0], weights.input_weight.shape[1])
+    memory, chunk = recurrence_algorithm(
+        sizes,
+        hidden_to_memory=cell.hidden_to_memory,
+        memory_to_memory=cell.memory_to_memory,
+        compiled=available(like),
+        measured=measured(like),
+        merges=algorithm == "auto",
+    )
+    if memory == "merged":
+        reason = "memory and hidden state are so small that one product a step costs least"
+        return Plan(memory, chunk, _loop(like, merged=True), reason)
+    if cell.hidden_to_memory:
+        return Plan(memory, chunk, _loop(like), "hidden_to_memory feeds the state back")
+    return Plan(memory, chunk, _loop(like), _INPUT_FIRST if cell.memory_to_memory else _INPUT_KNOWN)
+
+
 def unsupported(cell: LMUCell, weights: GateWeights | None, dropout: Dropout) -> str | None:
     """Why a coupled layer, whose hidden cell has the gate form ``weights``, cannot look ahead; None if it can."""
     if cell.encoder_act != "linear":
@@ -132,5 +152,5 @@ def _naive(cell: LMUCell, reason: str) -> Plan:
     return Plan("naive", 0, None if cell.hidden_cell is None else "step by step", reason)
 
 
-def _loop(like: Tensor) -> str:
-    return f"{scan_class(like).language} loop"
+def _loop(like: Tensor, *, merged: bool = False) -> str:
+    return f"{scan_class(like, linear=merged).language} loop"

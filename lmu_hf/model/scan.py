@@ -11,6 +11,7 @@ checkpoint that carries this file along runs without either.
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor
 from .compiled import available, panels
 from .feedback import Feedback
 from .folding import ChunkOperators
-from .gates import GATES
+from .gates import make_gates
+from .precision import full_float32
 
 State = tuple[Tensor, ...]
 
@@ -34,14 +36,15 @@ class NaiveScan(Feedback):
         chunk: steps per chunk C.
         dims: D, 0 for a scan without memory.
         states: hidden state tensors before the first step, (B, H) each.
-        kept: what ``GATES[kind].allocate`` made.
+        kept: what :func:`gates.allocate` made.
+        linear: how many numbers of h, and of the gates, come first and are memory, which no cell squashes.
     """
 
     language = "python"
 
-    def __init__(self, kind: str, step: Tensor, chunk: int, dims: int, states: State, kept: State):
-        self.dims, self.kept = dims, kept
-        self.gates = GATES[kind](states, kept)
+    def __init__(self, kind: str, step: Tensor, chunk: int, dims: int, states: State, kept: State, *, linear: int = 0):
+        self.dims, self.kept, self.linear = dims, kept, linear
+        self.gates = make_gates(kind, linear, states, kept)
         # The row of a step is as long as the u before it.
         self.matrices = [step[(chunk - 1 - j) * dims :] for j in range(chunk)] if dims else [step]
         self.output = states[0]
@@ -57,8 +60,9 @@ class NaiveScan(Feedback):
         """
         dims, output = self.dims, self.output
         if not dims:
-            for j in range(count):
-                output = self.gates.step(first + j, torch.addmm(known[:, j], output, self.matrices[0]))
+            with self._precision():
+                for j in range(count):
+                    output = self.gates.step(first + j, torch.addmm(known[:, j], output, self.matrices[0]))
             self.output = output
             return
         batch, size = output.shape
@@ -91,19 +95,23 @@ class NaiveScan(Feedback):
         """
         dims, carry = self.dims, self.carry
         inputs = grad_u.flatten(1)
-        for j in reversed(range(count)):
-            now = grad_sums[:, j]
-            direct = self.gates.back(first + j, self.grads[0][:, first + j] + carry, now[:, dims:])
-            if dims:
-                now[:, :dims] = inputs[:, j * dims : (j + 1) * dims]
-                past = now @ self.matrices[j]
-                inputs[:, : j * dims] += past[:, : j * dims]
-                carry = past[:, j * dims :]
-            else:
-                carry = now @ self.matrices[0]
-            if direct is not None:
-                carry = carry + direct
+        with self._precision():
+            for j in reversed(range(count)):
+                now = grad_sums[:, j]
+                direct = self.gates.back(first + j, self.grads[0][:, first + j] + carry, now[:, dims:])
+                if dims:
+                    now[:, :dims] = inputs[:, j * dims : (j + 1) * dims]
+                    past = now @ self.matrices[j]
+                    inputs[:, : j * dims] += past[:, : j * dims]
+                    carry = past[:, j * dims :]
+                else:
+                    carry = now @ self.matrices[0]
+                if direct is not None:
+                    carry = carry + direct
         self.carry = carry
+
+    def _precision(self) -> AbstractContextManager:
+        return full_float32(self.output) if self.linear else nullcontext()
 
     def initial_gradients(self) -> State:
         """Gradients of the initial states, after the last :meth:`backward`."""
@@ -115,8 +123,8 @@ class CompiledScan(Feedback):
 
     language = "compiled"
 
-    def __init__(self, kind: str, step: Tensor, chunk: int, dims: int, states: State, kept: State):
-        self.kind, self.step, self.chunk = kind, step, chunk
+    def __init__(self, kind: str, step: Tensor, chunk: int, dims: int, states: State, kept: State, *, linear: int = 0):
+        self.kind, self.step, self.chunk, self.linear = kind, step, chunk, linear
         self.states, self.kept = [state.contiguous() for state in states], list(kept)
         self.advance: tuple[Tensor, ...] = ()  # of this direction: each object runs one way only
 
@@ -125,7 +133,9 @@ class CompiledScan(Feedback):
         return panels(self.step)
 
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
-        torch.ops.lmu_hf.scan_forward(self.kind, first, count, self.chunk, known, self.matrix, self.states, self.kept, u)
+        torch.ops.lmu_hf.scan_forward(
+            self.kind, self.linear, first, count, self.chunk, known, self.matrix, self.states, self.kept, u
+        )
 
     def feedback_forward(
         self, first: int, known: Tensor, u: Tensor, starts: Tensor, memory: Tensor, operators: ChunkOperators
@@ -177,6 +187,7 @@ class CompiledScan(Feedback):
     def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
         torch.ops.lmu_hf.scan_backward(
             self.kind,
+            self.linear,
             first,
             count,
             self.chunk,
@@ -194,11 +205,14 @@ class CompiledScan(Feedback):
         return tuple(self.carries)
 
 
-def scan_class(like: Tensor, half: bool = False) -> Any:
-    """The scan to use for tensors like this one; ``half`` lets it round what multiplies h to bfloat16, where that is faster."""
+def scan_class(like: Tensor, half: bool = False, linear: bool = False) -> Any:
+    """The scan to use for tensors like this one; ``linear`` if it has memory in front of h.
+
+    ``half`` lets it round what multiplies h to bfloat16, where that is faster.
+    """
     if available(like):
         return CompiledScan
-    kernels = _triton_scan(like)
+    kernels = None if linear else _triton_scan(like)
     if kernels is None:
         return NaiveScan
     return partial(kernels, half=True) if half else kernels

@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -138,6 +139,14 @@ struct Bits<double> {
                           limit = 80.0;
 };
 
+template <typename T>
+constexpr auto inverse_factorials = [] {
+  std::array<T, Bits<T>::terms + 1> values{};
+  double value = 1;
+  for (int k = 0; k <= Bits<T>::terms; value /= ++k) values[k] = static_cast<T>(value);
+  return values;
+}();
+
 // exp(x) - 1 for -limit <= x <= 0, to the last digits also near 0: with x = n ln 2 + r, 2^n (exp(r) - 1) + (2^n - 1).
 template <typename T>
 inline T expm1_negative(T x) {
@@ -147,8 +156,9 @@ inline T expm1_negative(T x) {
   const T shifted = x * T(1.4426950408889634) + B::round;
   const T n = shifted - B::round;
   const T r = (x - n * B::high) - n * B::low;
-  T series = T(1) / T(B::terms);
-  for (int k = B::terms - 1; k >= 1; --k) series = (series * r + T(1)) * (T(1) / T(k));
+  // exp(r) - 1 = r (1 / 1! + r (1 / 2! + ...
+  T series = inverse_factorials<T>[B::terms];
+  for (int k = B::terms - 1; k >= 1; --k) series = series * r + inverse_factorials<T>[k];
   Int bits;
   std::memcpy(&bits, &shifted, sizeof(T));
   bits = static_cast<Int>(static_cast<typename std::make_unsigned<Int>::type>(bits) << B::mantissa);
@@ -174,6 +184,35 @@ inline T sigmoid_(T x) {
   // exp(-|x|) = 1 + e: never overflows.
   const T e = expm1_negative(x < 0 ? x : -x);
   return x < 0 ? (e + T(1)) / (e + T(2)) : T(1) / (e + T(2));
+}
+
+// Either of the two, to the same digits.
+template <typename T>
+inline T tanh_or_sigmoid(T x, bool tanh) {
+  const T size = x < 0 ? -x : x;
+  const T e = expm1_negative(tanh ? T(-2) * size : -size);
+  const T result = (tanh ? -e : x < 0 ? e + T(1) : T(1)) / (e + T(2));
+  return tanh && x < 0 ? -result : result;
+}
+
+// Out of line, so that the compiler does not know how few numbers may come and vectorizes.
+template <typename T, typename Index, typename Function>
+__attribute__((noinline)) void whole_vectors(Index count, const T* __restrict in, T* __restrict out, Index first, Function function) {
+  for (Index i = 0; i < count; ++i) out[i] = function(in[i], first + i);
+}
+
+// out[i] = function(in[i], i). What is left over is filled up: single numbers would take as long as a vector each.
+template <typename T, typename Function>
+inline void each(int64_t size, const T* in, T* out, const Function& function) {
+  using Index = typename Bits<T>::type;  // as wide as T, to be compared in vectors of the same length
+  constexpr Index lanes = BYTES / sizeof(T);
+  const Index whole = size / lanes * lanes;
+  whole_vectors<T, Index>(whole, in, out, 0, function);
+  if (whole == size) return;
+  T left[lanes] = {}, result[lanes];
+  std::memcpy(left, in + whole, (size - whole) * sizeof(T));
+  whole_vectors<T, Index>(lanes, left, result, whole, function);
+  std::memcpy(out + whole, result, (size - whole) * sizeof(T));
 }
 
 struct Tanh {
@@ -210,7 +249,7 @@ struct Simple {
   template <typename T>
   static void step(int64_t size, const T* __restrict gates, const T* const*, T* const* keep) {
     T* __restrict hidden = keep[0];
-    for (int64_t i = 0; i < size; ++i) hidden[i] = F::value(gates[i]);
+    each(size, gates, hidden, [](T x, auto) { return F::value(x); });
   }
   // grad: of the output. carried: of further states, in and out. direct: what reaches the output before past the gates.
   template <typename T>
@@ -219,32 +258,29 @@ struct Simple {
     const T* __restrict hidden = keep[0];
     for (int64_t i = 0; i < size; ++i) grad_gates[i] = grad[i] * F::slope(hidden[i]);
   }
-  static constexpr bool direct = false;
 };
 
 struct Lstm {
   static constexpr int states = 2, kept = 3;
-  static constexpr bool direct = false;
   template <typename T>
   static void step(int64_t size, const T* __restrict gates, const T* const* before, T* const* keep) {
     T *__restrict hidden = keep[0], *__restrict cell = keep[1], *__restrict g = keep[2];
     const T* __restrict previous = before[1];
-    for (int64_t i = 0; i < 2 * size; ++i) g[i] = sigmoid_(gates[i]);
-    for (int64_t i = 2 * size; i < 3 * size; ++i) g[i] = tanh_(gates[i]);
-    for (int64_t i = 3 * size; i < 4 * size; ++i) g[i] = sigmoid_(gates[i]);
-    for (int64_t i = 0; i < size; ++i) {
-      cell[i] = g[size + i] * previous[i] + g[i] * g[2 * size + i];
-      hidden[i] = g[3 * size + i] * tanh_(cell[i]);
-    }
+    const typename Bits<T>::type first = 2 * size, last = 3 * size;
+    each(4 * size, gates, g, [=](T x, auto i) { return tanh_or_sigmoid(x, i >= first && i < last); });
+    for (int64_t i = 0; i < size; ++i) cell[i] = g[size + i] * previous[i] + g[i] * g[2 * size + i];
+    each(size, cell, hidden, [](T x, auto) { return tanh_(x); });
+    for (int64_t i = 0; i < size; ++i) hidden[i] *= g[3 * size + i];
   }
   template <typename T>
   static void back(
       int64_t size, const T* __restrict grad, const T* const* before, const T* const* keep, T* __restrict grad_gates,
       T* __restrict carried, T*) {
-    const T *__restrict cell = keep[1], *__restrict g = keep[2], *__restrict previous = before[1];
+    const T *__restrict g = keep[2], *__restrict previous = before[1];
+    each(size, keep[1], grad_gates, [](T x, auto) { return tanh_(x); });
     for (int64_t i = 0; i < size; ++i) {
       const T in = g[i], forget = g[size + i], candidate = g[2 * size + i], out = g[3 * size + i];
-      const T squashed = tanh_(cell[i]);
+      const T squashed = grad_gates[i];
       const T grad_cell = carried[i] + grad[i] * out * (T(1) - squashed * squashed);
       grad_gates[i] = grad_cell * candidate * Sigmoid::slope(in);
       grad_gates[size + i] = grad_cell * previous[i] * Sigmoid::slope(forget);
@@ -257,19 +293,17 @@ struct Lstm {
 
 struct Gru {
   static constexpr int states = 1, kept = 2;
-  static constexpr bool direct = true;
   template <typename T>
   static void step(int64_t size, const T* __restrict gates, const T* const* before, T* const* keep) {
     T *__restrict hidden = keep[0], *__restrict g = keep[1];
     const T* __restrict previous = before[0];
-    for (int64_t i = 0; i < 2 * size; ++i) g[i] = sigmoid_(gates[i]);
+    each(2 * size, gates, g, [](T x, auto) { return sigmoid_(x); });
     for (int64_t i = 0; i < size; ++i) {
-      const T h_n = gates[3 * size + i];
-      const T n = tanh_(gates[2 * size + i] + g[i] * h_n);
-      g[2 * size + i] = n;
-      g[3 * size + i] = h_n;
-      hidden[i] = n + g[size + i] * (previous[i] - n);
+      g[3 * size + i] = gates[3 * size + i];
+      hidden[i] = gates[2 * size + i] + g[i] * g[3 * size + i];
     }
+    each(size, hidden, g + 2 * size, [](T x, auto) { return tanh_(x); });
+    for (int64_t i = 0; i < size; ++i) hidden[i] = g[2 * size + i] + g[size + i] * (previous[i] - g[2 * size + i]);
   }
   template <typename T>
   static void back(
@@ -310,18 +344,20 @@ std::vector<Sequence<T>> sequences(at::TensorList tensors) {
   return result;
 }
 
-// Points `rows` at step t of every kept tensor, or, before the first step, at the initial states.
+// Points `rows` at step t of every kept tensor, or, before the first step, at the initial states; past the `linear` numbers of
+// memory in front of the first.
 template <typename T, typename Cell>
 void rows_at(
-    const std::vector<Sequence<T>>& kept, const std::vector<const T*>& initial, int64_t size, int64_t b, int64_t t,
+    const std::vector<Sequence<T>>& kept, const std::vector<const T*>& initial, int64_t linear, int64_t b, int64_t t,
     T* (&rows)[3]) {
   for (int i = 0; i < Cell::kept; ++i)
-    rows[i] = t >= 0 ? kept[i].at(b, t) : (i < Cell::states ? const_cast<T*>(initial[i] + b * size) : nullptr);
+    rows[i] = t >= 0 ? kept[i].at(b, t) : (i < Cell::states ? const_cast<T*>(initial[i] + b * kept[i].features) : nullptr);
+  rows[0] += linear;
 }
 
 template <typename T, typename Cell>
 void forward_rows(
-    int64_t begin, int64_t end, int64_t first, int64_t count, int64_t chunk, const Sequence<T>& known, const Panels<T>& matrix,
+    int64_t begin, int64_t end, int64_t linear, int64_t first, int64_t count, int64_t chunk, const Sequence<T>& known, const Panels<T>& matrix,
     const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept, const Sequence<T>& u) {
   const int64_t dims = u.features, size = kept[0].features, width = known.features;
   const int64_t u_stride = chunk * dims + 1, rows = end - begin;
@@ -338,19 +374,20 @@ void forward_rows(
           rows, width, j * dims, past.data(), u_stride, matrix.from_row((chunk - 1 - j) * dims), sums.data(), sum_stride);
     for (int64_t r = 0; r < rows; ++r) {
       T *now[3], *before[3];
-      rows_at<T, Cell>(kept, initial, size, begin + r, t, now);
-      rows_at<T, Cell>(kept, initial, size, begin + r, t - 1, before);
+      rows_at<T, Cell>(kept, initial, linear, begin + r, t, now);
+      rows_at<T, Cell>(kept, initial, linear, begin + r, t - 1, before);
       const T* sum = &sums[r * sum_stride];
       std::memcpy(&past[r * u_stride + j * dims], sum, dims * sizeof(T));
       std::memcpy(u.at(begin + r, t), sum, dims * sizeof(T));
-      Cell::template step<T>(size, sum + dims, before, now);
+      std::memcpy(now[0] - linear, sum + dims, linear * sizeof(T));
+      Cell::template step<T>(size - linear, sum + dims + linear, before, now);
     }
   }
 }
 
 template <typename T, typename Cell>
 void backward_rows(
-    int64_t begin, int64_t end, int64_t first, int64_t count, int64_t chunk, const Panels<T>& to_hidden, const Panels<T>& to_u,
+    int64_t begin, int64_t end, int64_t linear, int64_t first, int64_t count, int64_t chunk, const Panels<T>& to_hidden, const Panels<T>& to_u,
     const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept, const std::vector<Sequence<T>>& grads,
     const Sequence<T>& grad_u, const Sequence<T>& grad_sums, T* carry, T* carried) {
   const int64_t dims = grad_u.features, size = kept[0].features, width = grad_sums.features;
@@ -366,24 +403,22 @@ void backward_rows(
     const int64_t t = first + j;
     for (int64_t r = 0; r < rows; ++r) {
       T *now[3], *before[3];
-      rows_at<T, Cell>(kept, initial, size, begin + r, t, now);
-      rows_at<T, Cell>(kept, initial, size, begin + r, t - 1, before);
+      rows_at<T, Cell>(kept, initial, linear, begin + r, t, now);
+      rows_at<T, Cell>(kept, initial, linear, begin + r, t - 1, before);
       T *sum = &grad[r * h_stride], *further = nullptr;
       const T* outer = grads[0].at(begin + r, t);
       for (int64_t i = 0; i < size; ++i) sum[i] += outer[i];
       if constexpr (Cell::states > 1) {
-        further = carried + (begin + r) * size;
+        further = carried + (begin + r) * (size - linear);
         const T* outer_cell = grads[1].at(begin + r, t);
-        for (int64_t i = 0; i < size; ++i) further[i] += outer_cell[i];
+        for (int64_t i = 0; i < size - linear; ++i) further[i] += outer_cell[i];
       }
-      T* gates = &wide[r * w_stride];
+      T *gates = &wide[r * w_stride], *direct = &rest[r * h_stride];
       std::memcpy(gates, to_inputs + r * u_stride + j * dims, dims * sizeof(T));
-      Cell::template back<T>(size, sum, before, now, gates + dims, further, &rest[r * h_stride]);
+      std::memcpy(gates + dims, sum, linear * sizeof(T));
+      Cell::template back<T>(size - linear, sum + linear, before, now, gates + dims + linear, further, direct + linear);
       std::memcpy(grad_sums.at(begin + r, j), gates, width * sizeof(T));
-      if constexpr (Cell::direct)
-        std::memcpy(sum, &rest[r * h_stride], size * sizeof(T));
-      else
-        std::memset(sum, 0, size * sizeof(T));
+      std::memcpy(sum, direct, size * sizeof(T));  // zeros but for what a cell wrote there
     }
     product<T>(rows, size, width, wide.data(), w_stride, to_hidden, grad.data(), h_stride);
     // The columns of lags 1 to j, from the start of a panel on. What that adds before the first u falls into the room between
@@ -435,7 +470,7 @@ void with_type(const at::Tensor& tensor, const Function& function) {
 }
 
 void forward(
-    const std::string kind, int64_t first, int64_t count, int64_t chunk, const at::Tensor& known, const at::Tensor& matrix,
+    const std::string kind, int64_t linear, int64_t first, int64_t count, int64_t chunk, const at::Tensor& known, const at::Tensor& matrix,
     at::TensorList states, at::TensorList kept, const at::Tensor& u) {
   with_type(known, [&](auto scalar) {
     using T = decltype(scalar);
@@ -445,14 +480,14 @@ void forward(
       const auto keep = sequences<T>(kept);
       const auto initial = pointers<T>(states);
       over_rows(known.size(0), [&](int64_t begin, int64_t end) {
-        forward_rows<T, Cell>(begin, end, first, count, chunk, knowns, Panels<T>(matrix), initial, keep, inputs);
+        forward_rows<T, Cell>(begin, end, linear, first, count, chunk, knowns, Panels<T>(matrix), initial, keep, inputs);
       });
     });
   });
 }
 
 void backward(
-    const std::string kind, int64_t first, int64_t count, int64_t chunk, const at::Tensor& to_hidden, const at::Tensor& to_u,
+    const std::string kind, int64_t linear, int64_t first, int64_t count, int64_t chunk, const at::Tensor& to_hidden, const at::Tensor& to_u,
     at::TensorList states, at::TensorList kept, at::TensorList grads, const at::Tensor& grad_u, const at::Tensor& grad_sums, const at::Tensor& carry,
     const at::Tensor& carried) {
   with_type(grad_sums, [&](auto scalar) {
@@ -464,7 +499,7 @@ void backward(
       const auto initial = pointers<T>(states);
       over_rows(grad_sums.size(0), [&](int64_t begin, int64_t end) {
         backward_rows<T, Cell>(
-            begin, end, first, count, chunk, Panels<T>(to_hidden), Panels<T>(to_u), initial, keep, outer, inputs, bases,
+            begin, end, linear, first, count, chunk, Panels<T>(to_hidden), Panels<T>(to_u), initial, keep, outer, inputs, bases,
             carry.data_ptr<T>(), carried.data_ptr<T>());
       });
     });
@@ -522,7 +557,7 @@ void feedback_forward(
     const at::Tensor start = starts.select(1, at / chunk);
     start.copy_(memory.view_as(start));
     flat_steps(known, at - first, chunk).addmm_(start, fold);
-    forward(kind, at, std::min(chunk, steps - at), chunk, known.narrow(1, at - first, chunk), matrix, states, kept, u);
+    forward(kind, 0, at, std::min(chunk, steps - at), chunk, known.narrow(1, at - first, chunk), matrix, states, kept, u);
     if (at + chunk >= total) return;
     with_type(u, [&](auto scalar) {
       using T = decltype(scalar);
@@ -568,7 +603,7 @@ void feedback_backward(
       });
     });
     backward(
-        kind, at, std::min(chunk, steps - at), chunk, to_hidden, to_u, states, kept, grads, grad_u.narrow(1, at, chunk),
+        kind, 0, at, std::min(chunk, steps - at), chunk, to_hidden, to_u, states, kept, grads, grad_u.narrow(1, at, chunk),
         grad_sums.narrow(1, at - first, chunk), carry, carried);
     start.addmm_(flat_steps(grad_sums, at - first, chunk), transposed);
     if (grad_starts) start.add_(grad_starts->select(1, at / chunk));
@@ -816,10 +851,10 @@ void stream_step(
 
 TORCH_LIBRARY(lmu_hf, library) {
   library.def(
-      "scan_forward(str kind, int first, int count, int chunk, Tensor known, Tensor matrix, Tensor[] states, "
+      "scan_forward(str kind, int linear, int first, int count, int chunk, Tensor known, Tensor matrix, Tensor[] states, "
       "Tensor(a!)[] kept, Tensor(b!) u) -> ()");
   library.def(
-      "scan_backward(str kind, int first, int count, int chunk, Tensor to_hidden, Tensor to_u, Tensor[] states, Tensor[] kept, "
+      "scan_backward(str kind, int linear, int first, int count, int chunk, Tensor to_hidden, Tensor to_u, Tensor[] states, Tensor[] kept, "
       "Tensor[] grads, Tensor grad_u, Tensor(a!) grad_sums, Tensor(b!) carry, Tensor(c!) carried) -> ()");
   // The chunks of a segment, L steps from `first` on: fold (D * N, C * W), starts (B, K, D * N), memory (B, D, N), which is
   // updated, and known (B, L, W); powers, A^C transposed (S, N, N), and responses (S, C, N) in panels.

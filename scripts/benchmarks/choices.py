@@ -29,6 +29,10 @@ LAYERS = [
     (16, 512, 16, 16, 128),
     (32, 256, 64, 8, 64),
     (64, 28, 10, 3, 16),
+    (1, 400, 4, 16, 64),
+    (16, 400, 1, 16, 128),
+    (100, 400, 10, 3, 128),
+    (100, 28, 16, 8, 32),
 ]
 
 
@@ -75,8 +79,8 @@ def _layer(batch: int, steps: int, dims: int, order: int, hidden: int, coupled: 
     chosen = layer.explain(batch, steps, training=training)
 
     def call(memory, chunk):
-        choice = {"coupled_chunk": lambda *_: chunk, "uncoupled_chunk": lambda *_, **__: (memory == "folded", chunk)}
-        with torch.set_grad_enabled(training), mock.patch.multiple(planning, **choice):
+        choice = mock.patch.object(planning, "recurrence_algorithm", return_value=(memory, chunk))
+        with torch.set_grad_enabled(training), choice:
             output = layer(x)
         if training:
             output.backward(torch.ones_like(output))
@@ -85,6 +89,7 @@ def _layer(batch: int, steps: int, dims: int, order: int, hidden: int, coupled: 
         ways = [("lookahead", size) for size in CHUNKS[:7] if size <= steps]
     else:
         ways = [(memory, size) for memory in ("folded", "written") for size in (8, 16, 32, 64) if size <= max(steps, 8)]
+    ways.append(("merged", 0))
     sizes = {"batch": batch, "steps": steps, "memory_d": dims, "order": order, "hidden": hidden}
     return {**sizes, "coupled": coupled, "training": training, **_compared(ways, call, (chosen.memory, chosen.chunk), runs)}
 

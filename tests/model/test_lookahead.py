@@ -54,6 +54,19 @@ def build(cell, connections, system):
     return layer
 
 
+def take(monkeypatch, chunk, memory="lookahead"):
+    """Makes every layer run in chunks of this size."""
+    monkeypatch.setattr(lookahead, "lookahead_chunk", lambda *_, **__: chunk)
+    for_itself = plan.recurrence_algorithm
+
+    def chosen(*sizes, **feedback):
+        # With memory_to_memory alone the look-ahead comes first, and what follows is chosen by cost.
+        ours = feedback["hidden_to_memory"] or memory != "lookahead"
+        return (memory, chunk) if ours else for_itself(*sizes, **feedback)
+
+    monkeypatch.setattr(plan, "recurrence_algorithm", chosen)
+
+
 def everything(layer, x, lengths):
     """Output, states, and the gradients of x, of the initial state and of all weights."""
     torch.manual_seed(1)
@@ -73,8 +86,7 @@ def everything(layer, x, lengths):
 @pytest.mark.parametrize("connections", CONNECTIONS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_equals_naive(cell, connections, system, chunk, loop, monkeypatch):
-    for module in (plan, lookahead):
-        monkeypatch.setattr(module, "coupled_chunk", lambda *_: chunk)
+    take(monkeypatch, chunk)
     layer = build(cell, connections, system)
     for steps, lengths in ((2, None), (16, None), (23, torch.tensor([23, 7, 8, 0]))):
         x = torch.randn(4, steps, 3, dtype=F64)
@@ -165,12 +177,45 @@ def test_gated_scan(kind):
         assert (ours - naive).abs().max() < 1e-12
 
 
+MERGED = {**CONNECTIONS, "uncoupled": {}, "i2h": {"input_to_hidden": True, "use_bias": True}, "act": {"encoder_act": "tanh"}}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("connections", MERGED)
+@pytest.mark.parametrize("cell", CELLS)
+def test_merged(cell, connections, system, loop, monkeypatch):
+    if cell in ("dense", "torch_linear") and not MERGED[connections].get("hidden_to_memory"):
+        pytest.skip("nothing goes step by step")
+    monkeypatch.setitem(CONNECTIONS, connections, MERGED[connections])
+    layer = build(cell, connections, system)
+    for steps, lengths in ((2, None), (16, None), (23, torch.tensor([23, 7, 8, 0]))):
+        x = torch.randn(4, steps, 3, dtype=F64)
+        layer.algorithm = "merged"
+        results, gradients = everything(layer, x, lengths)
+        layer.algorithm = "naive"
+        naive_results, naive_gradients = everything(layer, x, lengths)
+        for ours, naive in zip([*results, *gradients], [*naive_results, *naive_gradients], strict=True):
+            assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.detach().abs().max()))
+
+
+def test_merged_last_output_and_dropout():
+    layer = LMU(3, 2, 4, 9.0, "lstm", 5, input_to_hidden=True, dropout=0.5, return_state=True, dtype=F64)
+    x, lengths = torch.randn(4, 9, 3, dtype=F64), torch.tensor([9, 3, 0, 1])
+    found = []
+    for layer.algorithm in ("merged", "naive"):
+        torch.manual_seed(0)
+        output, state = layer(x, lengths=lengths)
+        found.append([output, *state.tensors()])
+    for ours, naive in zip(*found, strict=True):
+        assert (ours - naive).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "torch_gru"])
 @pytest.mark.parametrize("input_to_hidden", [False, True])
 @pytest.mark.parametrize("folds", [False, True])
 def test_uncoupled(cell, system, input_to_hidden, folds, loop, monkeypatch):
-    monkeypatch.setattr(plan, "uncoupled_chunk", lambda *_, **__: (folds, 16))
+    take(monkeypatch, 16, "folded" if folds else "written")
     monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": input_to_hidden})
     layer = build(cell, "none", system)
     for steps, lengths in ((2, None), (16, None), (39, torch.tensor([39, 16, 17, 0]))):

@@ -7,19 +7,22 @@ from torch import nn
 from lmu_hf import LMU, LMUConfig, LMUForSequenceClassification, linear_memory
 from lmu_hf.model import layer as layer_module
 from lmu_hf.model.compiled import available
-from lmu_hf.model.costs import coupled_chunk, memory_algorithm, memory_costs, uncoupled_chunk
+from lmu_hf.model.costs import Recurrence, lookahead_chunk, memory_algorithm, memory_costs, recurrence_algorithm
 from lmu_hf.model.legendre import delay_system
 
 COUPLED = {"hidden_to_memory": True, "memory_to_memory": True}
 CASES = [
-    ((1, 1, 8, 20.0, "rnn", 6), COUPLED, 40, "lookahead", "hidden_to_memory feeds the state back"),
+    ((1, 40, 40, 600.0, "rnn", 6), COUPLED, 40, "lookahead", "hidden_to_memory feeds the state back"),
+    ((1, 1, 8, 20.0, "rnn", 6), COUPLED, 40, "merged", "one product a step costs least"),
+    ((1, 1, 8, 20.0, "rnn", 6), {**COUPLED, "algorithm": "lookahead"}, 40, "lookahead", "feeds the state back"),
+    ((1, 1, 8, 20.0, "gru", 6), {"algorithm": "merged"}, 40, "merged", "algorithm='merged'"),
     ((1, 1, 8, 20.0, "rnn", 6), COUPLED, 1, "naive", "a single step"),
     ((1, 1, 8, 20.0, "rnn", 6), {**COUPLED, "encoder_act": "tanh"}, 40, "naive", "encoder_act"),
     ((1, 1, 8, 20.0, "rnn", 6), {**COUPLED, "dropout": 0.5}, 40, "naive", "dropout"),
-    ((1, 1, 8, 20.0, nn.RNNCell(8, 6), None), {"hidden_to_memory": True}, 40, "lookahead", "feeds the state back"),
-    ((1, 1, 8, 20.0, "lstm", 6), {"memory_to_memory": True}, 40, None, "computed first, by look-ahead"),
-    ((1, 2, 64, 90.0, "rnn", 4), {}, 90, None, "known in advance"),
-    ((1, 40, 4, 20.0, "gru", 60), {}, 40, "written", "known in advance"),
+    ((1, 1, 8, 20.0, nn.RNNCell(8, 6), None), {"hidden_to_memory": True}, 40, "merged", "one product"),
+    ((1, 40, 40, 600.0, "lstm", 6), {"memory_to_memory": True}, 40, None, "computed first, by look-ahead"),
+    ((1, 8, 64, 90.0, "rnn", 4), {}, 90, None, "known in advance"),
+    ((1, 90, 4, 20.0, "gru", 60), {}, 40, "written", "known in advance"),
     ((1, 1, 8, 20.0, "rnn", 6), {"hidden_act": "gelu"}, 40, None, "known in advance"),
     ((1, 1, 8, 20.0, "dense", 6), {}, 40, "final", "known in advance"),
     ((1, 1, 8, 20.0), {"return_sequences": True, "algorithm": "fft"}, 40, "fft", "algorithm='fft'"),
@@ -64,7 +67,7 @@ def test_without_the_compiled_loop():
 def test_training_and_evaluation_mode():
     layer = LMU(1, 1, 8, 20.0, "rnn", 6, **COUPLED, dropout=0.5)
     assert layer.explain(3, 40).memory == "naive"
-    assert layer.explain(3, 40, training=False).memory == layer.eval().explain(3, 40).memory == "lookahead"
+    assert layer.explain(3, 40, training=False).memory == layer.eval().explain(3, 40).memory == "merged"
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(0, 4), (4, 0)])
@@ -96,16 +99,45 @@ def test_memory_costs(training, compiled):
                 assert (chunk > 0) == (name == "chunked")
 
 
+FEEDBACK = {"hidden_to_memory": False, "memory_to_memory": False}
+KNOWN = {"compiled": True, "measured": True}
+
+
 def test_folds_where_the_memory_is_large():
-    assert uncoupled_chunk(100, 784, 1, 256, 212, compiled=True)[0]
-    assert not uncoupled_chunk(32, 4096, 64, 8, 128, compiled=True)[0]
+    assert recurrence_algorithm(Recurrence(100, 784, 1, 256, 212, 212), **FEEDBACK, **KNOWN)[0] == "folded"
+    assert recurrence_algorithm(Recurrence(32, 4096, 64, 8, 128, 128), **FEEDBACK, **KNOWN)[0] == "written"
+
+
+@pytest.mark.parametrize("hidden_to_memory", [False, True])
+@pytest.mark.parametrize("memory_to_memory", [False, True])
+def test_merges_where_the_memory_is_small(hidden_to_memory, memory_to_memory):
+    feedback = {"hidden_to_memory": hidden_to_memory, "memory_to_memory": memory_to_memory}
+    small, large = Recurrence(100, 28, 10, 3, 10, 40), Recurrence(100, 784, 1, 256, 212, 212)
+    assert recurrence_algorithm(small, **feedback, **KNOWN) == ("merged", 0)
+    assert recurrence_algorithm(small, **feedback, **KNOWN, merges=False)[0] != "merged"
+    assert recurrence_algorithm(small, **feedback, compiled=False, measured=False)[0] != "merged"
+    assert recurrence_algorithm(large, **feedback, **KNOWN)[0] != "merged"
 
 
 def test_chunks_are_no_longer_than_the_sequence():
-    assert coupled_chunk(1, 3, 1, 256, 212, 213) <= 3
+    assert lookahead_chunk(Recurrence(1, 3, 1, 256, 212, 212), measured=True) <= 3
     # Not measured: as long as it goes, but for a short kernel of many dimensions.
-    assert coupled_chunk(100, 784, 1, 256, 212, 213, False) == 32
-    assert coupled_chunk(1, 3, 1, 256, 212, 213, False) == 2
-    assert coupled_chunk(32, 4096, 64, 8, 128, 192, False) == 8
-    assert coupled_chunk(32, 4096, 1000, 8, 0, 1000, False) == 1
-    assert uncoupled_chunk(1, 3, 1, 256, 212, compiled=True)[1] <= 8
+    assert lookahead_chunk(Recurrence(100, 784, 1, 256, 212, 212), measured=False) == 32
+    assert lookahead_chunk(Recurrence(1, 3, 1, 256, 212, 212), measured=False) == 2
+    assert lookahead_chunk(Recurrence(32, 4096, 64, 8, 128, 128), measured=False) == 8
+    assert lookahead_chunk(Recurrence(32, 4096, 1000, 8, 0, 0), measured=False) == 1
+    assert recurrence_algorithm(Recurrence(1, 3, 1, 256, 212, 212), **FEEDBACK, **KNOWN)[1] <= 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "reason"),
+    [
+        ((), {}, "all steps can be computed at once"),
+        (("dense", 6), {"memory_to_memory": True}, "all steps can be computed at once"),
+        (("rnn", 6), {"hidden_act": "gelu"}, "no form as affine gates"),
+        (("rnn", 6), {**COUPLED, "encoder_act": "tanh"}, "encoder_act"),
+    ],
+)
+def test_what_cannot_be_merged(arguments, options, reason):
+    with pytest.raises(ValueError, match=f"'merged' .*{reason}"):
+        LMU(1, 1, 8, 20.0, *arguments, algorithm="merged", **options)(torch.randn(2, 5, 1))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmu_hf.model import chunked_scan, feedback, memory, plan, precision, stepper
+from lmu_hf.model import chunked_scan, feedback, memory, plan, precision, scan, stepper
 from lmu_hf.model.layer import LMU
 from lmu_hf.model.precision import exact_matmul, full_float32
 
@@ -120,7 +120,7 @@ def test_nothing_happens_on_the_cpu(monkeypatch):
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Tensors of the CPU are treated like those of CUDA, as far as this setting goes."""
-    for module in (precision, chunked_scan, feedback, memory, stepper):
+    for module in (precision, chunked_scan, feedback, memory, scan, stepper):
         monkeypatch.setattr(module, "full_float32", lambda like: precision._FullFloat32())
 
 
@@ -150,7 +150,8 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("path", ["coupled", "folded", "written", "chunked", "final", "fft", "naive"])
 def test_the_memory_is_carried_in_float32(path, theta, as_on_cuda, python_loop, monkeypatch):
     order = 101  # no other axis here is a multiple of it
-    monkeypatch.setattr(plan, "uncoupled_chunk", lambda *_, **__: (path == "folded", 16))
+    way = (path if path in ("folded", "written") else "lookahead", 16)
+    monkeypatch.setattr(plan, "recurrence_algorithm", lambda *_, **__: way)
     coupled = {"hidden_to_memory": True, "memory_to_memory": True} if path == "coupled" else {}
     hidden = ("rnn", 5) if path in ("coupled", "folded", "written") else (None, None)
     layer = LMU(3, 2, order, theta, *hidden, return_sequences=path != "final", return_state=True, **coupled)
@@ -174,6 +175,18 @@ def test_the_memory_is_carried_in_float32(path, theta, as_on_cuda, python_loop, 
     ]
     assert carries
     assert {setting for setting, _ in carries} == {"ieee"}, [c for c in carries if c[0] != "ieee"]
+
+
+def test_a_merged_memory_is_carried_in_float32(as_on_cuda, python_loop):
+    layer = LMU(3, 2, 101, 40.0, "rnn", 5, return_sequences=True, algorithm="merged")
+    x = torch.randn(4, 70, 3, requires_grad=True)
+    new()
+    with Products() as products:
+        layer(x).sum().backward()
+    # [m, h] -> [m', gates], forwards and backwards.
+    settings = [setting for setting, shapes in products.found if shapes == [(4, 2 * 101 + 5), (2 * 101 + 5, 2 * 101 + 5)]]
+    assert len(settings) == 2 * 70
+    assert set(settings) == {"ieee"}
 
 
 @pytest.mark.parametrize("theta", [40.0, [40.0, 90.0]])

@@ -1,0 +1,125 @@
+"""A small LMU as one recurrence of [m, h].
+
+With x, m and h side by side, one product gives the next memory and, since m' is linear in all three, the gates that read it:
+
+    m'    = [m, h, x] S                  S: what the encoder and the delay system make of them
+    gates = m' K + [x, h] R  =  [m, h, x] (S K + [R])
+
+The product of a step has (D * N + H) * (D * N + G) numbers, more than the chunks of :mod:`lookahead` need, but nothing else is to
+be done: with few numbers the calls around the chunks would take longer than these do.
+
+Names as in :mod:`chunked_scan`; I is the input size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .chunked_scan import chunked_scan
+from .folding import ChunkOperators, encoder_matrix
+from .gates import GateWeights
+from .legendre import DelaySystem
+from .precision import exact_matmul
+from .ragged import blank, last_valid, where_started
+from .state import Dropout, LMUState
+
+if TYPE_CHECKING:
+    from .lmu_cell import LMUCell
+
+
+def merged_recurrence(
+    cell: LMUCell,
+    weights: GateWeights,
+    x: Tensor,
+    state: LMUState,
+    lengths: Tensor | None,
+    system: DelaySystem,
+    dropout: Dropout,
+    *,
+    return_sequence: bool,
+) -> tuple[Tensor, LMUState]:
+    """Runs an LMU with a hidden cell. Equals ``naive_recurrence`` to rounding, with the same results and arguments but for
+    ``weights``, the gate form of the hidden cell.
+
+    Computes in float32 or better. Its gradient cannot be differentiated again.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    linear = cell.memory_d * cell.order
+    given = x
+    with torch.autocast(x.device.type, enabled=False):
+        known = cell.encoder_act != "linear" or dropout.encoder is not None
+        if known:
+            # u differs from x by more than a matrix, so it comes first.
+            u = cell.encode(x, dropout=dropout)
+            given = torch.cat([u, x], dim=2) if cell.input_to_hidden else u
+        recurrent, of_input, bias = merged_operators(cell, weights.to(dtype), system, known=known)
+        first = torch.cat([state.memory.to(dtype).flatten(1), state.hidden[0].to(dtype)], dim=1)
+        states = (first, *(part.to(dtype) for part in state.hidden[1:]))
+        operators = ChunkOperators(recurrent)
+        inputs = (given.to(dtype), of_input, bias, None, None)
+        *_, sequences = chunked_scan(weights.kind, *inputs, operators, states, x.shape[1], linear=linear)
+    last = tuple(last_valid(sequence, lengths) for sequence in sequences)
+    output = blank(sequences[0][..., linear:], lengths) if return_sequence else last[0][:, linear:]
+    final = [where_started(new, old, lengths) for new, old in zip(last, states, strict=True)]
+    memory, hidden = final[0].tensor_split([linear], dim=1)
+    after = (part.to(old.dtype) for part, old in zip((hidden, *final[1:]), state.hidden, strict=True))
+    return output.to(x.dtype), LMUState.of((memory.view_as(state.memory), *after))
+
+
+def merged_operators(
+    cell: LMUCell, weights: GateWeights, system: DelaySystem, *, known: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The matrices of the recurrence, differentiable in the weights.
+
+    Args:
+        cell: the cell.
+        weights: the gate form of its hidden cell.
+        system: the delay system.
+        known: what comes in is u, and x behind it with ``input_to_hidden``, rather than x alone.
+
+    Returns:
+        [m, h] -> [m', gates] (D * N + H, D * N + G); what comes in -> its part of them (I, D * N + G); and their bias or None.
+    """
+    _, input_weight, hidden_weight, bias = weights
+    dims, linear, size = cell.memory_d, cell.memory_d * cell.order, cell.state_sizes[0]
+    A, B = system.matrices(input_weight.dtype, input_weight.device)
+    of_memory, of_input = input_weight.tensor_split([linear])
+    identity = torch.eye(dims, dtype=A.dtype, device=A.device)
+
+    def zeros(rows: int, like: Tensor) -> Tensor:
+        return like.new_zeros(rows, like.shape[1])
+
+    def to_memory(rows: Tensor) -> Tensor:
+        """What contributes to u (R, D) -> (R, D * N)."""
+        return (rows.to(A.dtype)[:, :, None] * B).flatten(1)
+
+    within = identity[:, None, :, None] * A.mT.expand(dims, -1, -1)[:, :, None]  # (D, N, D, N)
+    within = within.flatten(2).flatten(0, 1)
+    if cell.recurrent_kernel is not None:
+        within = within + to_memory(cell.recurrent_kernel)
+    encoder = identity if known else encoder_matrix(cell, input_weight)
+    from_x, from_h = encoder.tensor_split([dims if known else cell.input_size])
+    # Rows [m, h, what comes in, 1]: what they give to m', and to the gates other than through m'.
+    memory = [within, to_memory(from_h) if cell.hidden_to_memory else zeros(size, within), to_memory(from_x)]
+    gates = [zeros(linear, of_memory), zeros(size, of_memory) if hidden_weight is None else hidden_weight]
+    if known:
+        gates.append(zeros(dims, of_memory))
+    if cell.input_to_hidden:
+        gates.append(of_input)
+        if known:
+            memory.append(zeros(cell.input_size, within))
+    elif not known:
+        gates.append(zeros(cell.input_size, of_memory))
+    u_bias = None if known else cell.bias
+    if u_bias is not None or bias is not None:
+        memory.append(zeros(1, within) if u_bias is None else to_memory(u_bias[None]))
+        gates.append(zeros(1, of_memory) if bias is None else bias[None])
+    to_m = torch.cat(memory)
+    joint = torch.cat([to_m, exact_matmul(to_m, of_memory) + torch.cat(gates)], dim=1)
+    recurrent, incoming = joint.tensor_split([linear + size])
+    if u_bias is None and bias is None:
+        return recurrent, incoming, None
+    return recurrent, incoming[:-1], incoming[-1]
