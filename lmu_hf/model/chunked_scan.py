@@ -67,11 +67,11 @@ def chunked_scan(
 
     Returns:
         u (B, K * C, D), zero past T, where it is computed here; the memory at the start of each chunk (B, K, D * N), where there
-        is one; and each state tensor after every step (B, T, H).
+        is one; and each state tensor after every step (B, T, H). With ``linear``, h alone comes once more after them, so that its
+        gradient need not be filled up to that of [m, h].
     """
-    u, starts, *sequences = _ChunkedScan.apply(
-        kind, steps, half, linear, given, weight, bias, u, memory, *operators, *states
-    )
+    inputs = (given, weight, bias, u, memory, *operators, *states)
+    u, starts, *sequences = _ChunkedScan.apply(kind, steps, half, linear, *inputs)
     return u, starts, tuple(sequences)
 
 
@@ -104,6 +104,8 @@ class _Sizes:
         self.total = self.chunks * self.chunk if self.dims else steps
         width = operators.step.shape[1] if operators.read is None else max(operators.read.shape)
         rows, numbers = (_ROWS_CUDA, _NUMBERS_CUDA) if operators.step.is_cuda else (_ROWS, _NUMBERS)
+        if not self.dims:
+            rows *= 4  # their products are those of a step, thinner than those of a chunk
         fitting = numbers // (batch * self.chunk * width)
         self.segment = max(1, min(-(-rows // batch), fitting)) * self.chunk
 
@@ -168,7 +170,8 @@ class _ChunkedScan(torch.autograd.Function):
         ctx.kind, ctx.half, ctx.linear = kind, half, linear
         ctx.sizes, ctx.states, ctx.feedback = sizes, len(states), feedback
         ctx.set_materialize_grads(False)
-        return (u if feedback else None), starts, *kept[: len(states)]
+        alone = (kept[0][..., linear:],) if linear else ()
+        return (u if feedback else None), starts, *kept[: len(states)], *alone
 
     @staticmethod
     def backward(ctx: Any, grad_u: Tensor | None, grad_starts: Tensor | None, *grad_sequences: Tensor | None) -> tuple:
@@ -188,8 +191,7 @@ class _ChunkedScan(torch.autograd.Function):
         batch, width = states[0].shape[0], step.shape[1]
 
         scan = _make_scan(ctx.kind, ctx.half, ctx.linear, step, chunk, dims if feedback else 0, states, kept)
-        sequences = zip(grad_sequences, kept, strict=False)
-        scan.start_backward(tuple(torch.zeros_like(own) if grad is None else grad for grad, own in sequences))
+        scan.start_backward(_arriving(grad_sequences, kept[: ctx.states], ctx.linear))
         grad_given = torch.empty_like(given) if needed["given"] else None
         weights = {"weight": weight, "bias": bias, **operators._asdict()}
         grads = {name: torch.zeros_like(tensor) for name, tensor in weights.items() if needed[name]}
@@ -269,6 +271,15 @@ class _ChunkedScan(torch.autograd.Function):
 def _make_scan(kind: str, half: bool, linear: int, step: Tensor, chunk: int, dims: int, states: State, kept: State) -> Any:
     options = {"linear": linear} if linear else {}
     return scan_class(step, half, bool(linear))(kind, step, chunk, dims, states, kept, **options)
+
+
+def _arriving(grads: tuple[Tensor | None, ...], sequences: State, linear: int) -> State:
+    """Gradients of the state sequences; of [m, h], with ``linear``, those of h alone where m has none."""
+    own = tuple(torch.zeros_like(state) if grad is None else grad for grad, state in zip(grads, sequences, strict=False))
+    alone = grads[len(sequences)] if linear else None
+    if alone is None:
+        return own
+    return (alone if grads[0] is None else own[0] + F.pad(alone, (linear, 0)), *own[1:])
 
 
 def _known(

@@ -56,16 +56,16 @@ def merged_recurrence(
             u = cell.encode(x, dropout=dropout)
             given = torch.cat([u, x], dim=2) if cell.input_to_hidden else u
         recurrent, of_input, bias = merged_operators(cell, weights.to(dtype), system, known=known)
-        first = torch.cat([state.memory.to(dtype).flatten(1), state.hidden[0].to(dtype)], dim=1)
-        states = (first, *(part.to(dtype) for part in state.hidden[1:]))
+        start = torch.cat([state.memory.to(dtype).flatten(1), state.hidden[0].to(dtype)], dim=1)
+        states = (start, *(part.to(dtype) for part in state.hidden[1:]))
         operators = ChunkOperators(recurrent)
         inputs = (given.to(dtype), of_input, bias, None, None)
-        *_, sequences = chunked_scan(weights.kind, *inputs, operators, states, x.shape[1], linear=linear)
+        _, _, (*sequences, hidden) = chunked_scan(weights.kind, *inputs, operators, states, x.shape[1], linear=linear)
     last = tuple(last_valid(sequence, lengths) for sequence in sequences)
-    output = blank(sequences[0][..., linear:], lengths) if return_sequence else last[0][:, linear:]
+    output = blank(hidden, lengths) if return_sequence else last[0][:, linear:]
     final = [where_started(new, old, lengths) for new, old in zip(last, states, strict=True)]
-    memory, hidden = final[0].tensor_split([linear], dim=1)
-    after = (part.to(old.dtype) for part, old in zip((hidden, *final[1:]), state.hidden, strict=True))
+    memory, first = final[0].tensor_split([linear], dim=1)
+    after = (part.to(old.dtype) for part, old in zip((first, *final[1:]), state.hidden, strict=True))
     return output.to(x.dtype), LMUState.of((memory.view_as(state.memory), *after))
 
 

@@ -16,6 +16,7 @@ from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .compiled import available, panels
@@ -78,7 +79,11 @@ class NaiveScan(Feedback):
         self.output = output
 
     def start_backward(self, grads: State) -> None:
-        """Receives the gradients of the state sequences (B, T, H) each, before the first call of :meth:`backward`."""
+        """Receives the gradients of the state sequences (B, T, H) each, before the first call of :meth:`backward`.
+
+        With ``linear``, the first may be that of the numbers behind the memory alone.
+        """
+        grads = (F.pad(grads[0], (self.output.shape[1] - grads[0].shape[2], 0)), *grads[1:])
         self.grads = grads
         self.gates.load_gradients(grads)
         self.carry = torch.zeros_like(self.output)

@@ -406,8 +406,9 @@ void backward_rows(
       rows_at<T, Cell>(kept, initial, linear, begin + r, t, now);
       rows_at<T, Cell>(kept, initial, linear, begin + r, t - 1, before);
       T *sum = &grad[r * h_stride], *further = nullptr;
+      // Of [m, h], or of h alone.
       const T* outer = grads[0].at(begin + r, t);
-      for (int64_t i = 0; i < size; ++i) sum[i] += outer[i];
+      for (int64_t i = 0, skipped = size - grads[0].features; i < grads[0].features; ++i) sum[skipped + i] += outer[i];
       if constexpr (Cell::states > 1) {
         further = carried + (begin + r) * (size - linear);
         const T* outer_cell = grads[1].at(begin + r, t);
