@@ -170,7 +170,7 @@ class _ChunkedScan(torch.autograd.Function):
         ctx.kind, ctx.half, ctx.linear = kind, half, linear
         ctx.sizes, ctx.states, ctx.feedback = sizes, len(states), feedback
         ctx.set_materialize_grads(False)
-        alone = (kept[0][..., linear:],) if linear else ()
+        alone = (kept[0][..., linear:].contiguous(),) if linear else ()
         return (u if feedback else None), starts, *kept[: len(states)], *alone
 
     @staticmethod

@@ -62,9 +62,10 @@ def merged_recurrence(
         inputs = (given.to(dtype), of_input, bias, None, None)
         _, _, (*sequences, hidden) = chunked_scan(weights.kind, *inputs, operators, states, x.shape[1], linear=linear)
     last = tuple(last_valid(sequence, lengths) for sequence in sequences)
-    output = blank(hidden, lengths) if return_sequence else last[0][:, linear:]
+    output = blank(hidden, lengths) if return_sequence else last[0][:, linear:].contiguous()
     final = [where_started(new, old, lengths) for new, old in zip(last, states, strict=True)]
-    memory, first = final[0].tensor_split([linear], dim=1)
+    # Of their own, as states are saved.
+    memory, first = (part.clone(memory_format=torch.contiguous_format) for part in final[0].tensor_split([linear], dim=1))
     after = (part.to(old.dtype) for part, old in zip((first, *final[1:]), state.hidden, strict=True))
     return output.to(x.dtype), LMUState.of((memory.view_as(state.memory), *after))
 
