@@ -53,6 +53,7 @@ class LMUStepper:
             weights = gate_weights(cell.hidden_cell)
             like = a_weight(cell)
             self._like = like.new_empty(batch_size, cell.input_size).detach()
+            self._shape, self._dtype = self._like.shape, self._like.dtype
             self._state = tuple(tensor.contiguous() for tensor in cell.initial_state(self._like).tensors())
             kind = "none" if cell.hidden_cell is None else None if weights is None else weights.kind
             if kind is not None and like.dtype in (torch.float32, torch.float64):
@@ -70,11 +71,10 @@ class LMUStepper:
         Raises:
             ValueError: the shape or dtype of ``x`` is not that of the layer.
         """
-        if x.shape != self._like.shape or x.dtype != self._like.dtype:
-            expected = f"{tuple(self._like.shape)} of {self._like.dtype}"
+        if x.shape != self._shape or x.dtype != self._dtype:
+            expected = f"{tuple(self._shape)} of {self._dtype}"
             raise ValueError(f"x: expected one sample per stream, {expected}, found {tuple(x.shape)} of {x.dtype}")
-        with torch.inference_mode():
-            return self._run(x)
+        return self._run(x)
 
     @property
     def state(self) -> LMUState:
@@ -96,6 +96,7 @@ class LMUStepper:
     def _step_by_step(self, cell: LMUCell) -> Callable[[Tensor], Tensor]:
         system = cell.system()
 
+        @torch.inference_mode()
         def run(x: Tensor) -> Tensor:
             training = cell.training
             cell.eval()
@@ -114,16 +115,11 @@ class LMUStepper:
             weight = encoder.new_empty(0, 0)
         elif bias is None:
             bias = weight.new_zeros(weight.shape[1])
-        flags = (self.cell.hidden_to_memory, self.cell.memory_to_memory)
-        matrices = (panels(encoder), *flags, u_bias, panels(A.mT), panels(B[:, None]), panels(weight), bias)
-        step, size = torch.ops.lmu_hf.stream_step.default, self.cell.output_size
-
-        def run(x: Tensor) -> Tensor:
-            output = x.new_empty(x.shape[0], size)
-            step(kind, x, self._state, *matrices, output)
-            return output
-
-        return run
+        cell = self.cell
+        matrices = (u_bias, panels(A.mT), panels(B[:, None]), panels(weight), bias)
+        encoder = (panels(encoder), cell.hidden_to_memory, cell.memory_to_memory)
+        sizes = (cell.input_size, cell.output_size)
+        return torch.classes.lmu_hf.Stream(kind, list(self._state), *encoder, *matrices, *sizes).step
 
     def _python(self, kind: str, *prepared: Any) -> Callable[[Tensor], Tensor]:
         """Calls into torch cost more than their arithmetic here, so states and sample lie side by side in one row [m, x, h]."""
@@ -140,6 +136,7 @@ class LMUStepper:
         gates = None if kind == "none" else GATES[kind]
         hidden = self._state[1:]
 
+        @torch.inference_mode()
         def run(x: Tensor) -> Tensor:
             sample.copy_(x)
             with full_float32(row):
