@@ -22,7 +22,7 @@ from .folding import ChunkOperators
 from .gates import allocate
 from .memory import fold_rows, fold_state, unfold_rows, unfold_state
 from .precision import full_float32
-from .scan import scan_class
+from .scan import Encoding, scan_class
 
 State = tuple[Tensor, ...]
 
@@ -48,6 +48,8 @@ def chunked_scan(
     *,
     half: bool = False,
     linear: int = 0,
+    activation: str = "linear",
+    mask: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, State]:
     """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
 
@@ -64,6 +66,8 @@ def chunked_scan(
         half: what multiplies h may be rounded to bfloat16 where that is faster, which is on CUDA. States and sums never are.
         linear: of a recurrence without memory beside it, whose first state is [m, h]: how many numbers m has. The sums begin with
             the next m, and W counts them.
+        activation: of u, with ``operators.encoder``; a key of ``GATES``.
+        mask: what multiplies h on its way to u (B, H), with ``operators.encoder``; has no gradient.
 
     Returns:
         u (B, K * C, D), zero past T, where it is computed here; the memory at the start of each chunk (B, K, D * N), where there
@@ -71,7 +75,7 @@ def chunked_scan(
         gradient need not be filled up to that of [m, h].
     """
     inputs = (given, weight, bias, u, memory, *operators, *states)
-    u, starts, *sequences = _ChunkedScan.apply(kind, steps, half, linear, *inputs)
+    u, starts, *sequences = _ChunkedScan.apply(kind, steps, half, linear, activation, mask, *inputs)
     return u, starts, tuple(sequences)
 
 
@@ -125,6 +129,8 @@ class _ChunkedScan(torch.autograd.Function):
         steps: int,
         half: bool,
         linear: int,
+        activation: str,
+        mask: Tensor | None,
         given: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -143,7 +149,9 @@ class _ChunkedScan(torch.autograd.Function):
         if u is None:
             u = step.new_empty(batch, total, dims)
             u[:, steps:] = 0
-        scan = _make_scan(kind, half, linear, step, chunk, dims if feedback else 0, states, kept)
+        ctx.kind, ctx.half, ctx.linear, ctx.activation = kind, half, linear, activation
+        ctx.sizes, ctx.states, ctx.feedback = sizes, len(states), feedback
+        scan = _make_scan(ctx, operators, mask, u, states, kept)
         nothing = step.new_empty(batch, steps, 0)
         scratch = _Scratch(step)
         for first, length in sizes.segments():
@@ -165,10 +173,8 @@ class _ChunkedScan(torch.autograd.Function):
                     memories = _write(of_chunks, u_of_chunks, operators, scratch)
                     known.view(-1, width).addmm_(memories, operators.read)
             scan.forward(first, min(length, steps - first), known, nothing)
-        saved = (given, weight, bias, u, starts, *operators, *states, *kept)
+        saved = (mask, given, weight, bias, u, starts, *operators, *states, *kept)
         ctx.save_for_backward(*saved)
-        ctx.kind, ctx.half, ctx.linear = kind, half, linear
-        ctx.sizes, ctx.states, ctx.feedback = sizes, len(states), feedback
         ctx.set_materialize_grads(False)
         alone = (kept[0][..., linear:].contiguous(),) if linear else ()
         return (u if feedback else None), starts, *kept[: len(states)], *alone
@@ -179,18 +185,18 @@ class _ChunkedScan(torch.autograd.Function):
             raise RuntimeError(
                 "the look-ahead recurrence has no second derivative; set algorithm='naive' on the layer for create_graph=True"
             )
-        given, weight, bias, u, starts, *rest = ctx.saved_tensors
+        mask, given, weight, bias, u, starts, *rest = ctx.saved_tensors
         operators, tensors, rest = ChunkOperators(*rest[:_OPERATORS]), rest[:_OPERATORS], rest[_OPERATORS:]
         states, kept = tuple(rest[: ctx.states]), tuple(rest[ctx.states :])
         sizes, feedback = ctx.sizes, ctx.feedback
         dims, chunk, steps = sizes.dims, sizes.chunk, sizes.steps
-        step, power, _, fold, from_u, _, read = tensors
+        step, power, _, fold, from_u, _, read, *_ = tensors
         needed = dict(
-            zip(("given", "weight", "bias", "u", "memory", *operators._fields), ctx.needs_input_grad[4:], strict=False)
+            zip(("given", "weight", "bias", "u", "memory", *operators._fields), ctx.needs_input_grad[6:], strict=False)
         )
         batch, width = states[0].shape[0], step.shape[1]
 
-        scan = _make_scan(ctx.kind, ctx.half, ctx.linear, step, chunk, dims if feedback else 0, states, kept)
+        scan = _make_scan(ctx, operators, mask, u, states, kept)
         scan.start_backward(_arriving(grad_sequences, kept[: ctx.states], ctx.linear))
         grad_given = torch.empty_like(given) if needed["given"] else None
         weights = {"weight": weight, "bias": bias, **operators._asdict()}
@@ -243,9 +249,15 @@ class _ChunkedScan(torch.autograd.Function):
             flat, by_chunk = grad.view(-1, width), grad.view(-1, chunk * width) if dims else grad
             if "fold" in grads:
                 grads["fold"].addmm_(starts[:, chunks].flatten(0, 1).mT, by_chunk)
-            if "step" in grads:
+            if "step" in grads or "encoder" in grads:
                 before = _before(states[0], kept[0], first, length)
-                _add_step_gradient(grads["step"], flat, u[:, segment] if feedback else None, before, chunk)
+                if "step" in grads:
+                    _add_step_gradient(grads["step"], flat, u[:, segment] if feedback else None, before, chunk)
+                if "encoder" in grads:
+                    read = before if mask is None else before * mask[:, None]
+                    grads["encoder"].addmm_(read.flatten(0, 1).mT, flat[:, :dims])
+            if "direct" in grads:
+                grads["direct"].addmm_(u[:, segment].flatten(0, 1).mT, flat[:, dims:])
             if "bias" in grads:
                 grads["bias"] += flat.sum(0)
             if "weight" in grads:
@@ -254,10 +266,7 @@ class _ChunkedScan(torch.autograd.Function):
                 count = min(length, steps - first)
                 grad_given[:, first : first + count] = (grad if weight is None else grad @ weight.mT)[:, :count]
         return (
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 6,
             grad_given,
             grads.get("weight"),
             grads.get("bias"),
@@ -268,9 +277,13 @@ class _ChunkedScan(torch.autograd.Function):
         )
 
 
-def _make_scan(kind: str, half: bool, linear: int, step: Tensor, chunk: int, dims: int, states: State, kept: State) -> Any:
-    options = {"linear": linear} if linear else {}
-    return scan_class(step, half, bool(linear))(kind, step, chunk, dims, states, kept, **options)
+def _make_scan(ctx: Any, operators: ChunkOperators, mask: Tensor | None, u: Tensor, states: State, kept: State) -> Any:
+    options: dict[str, Any] = {"linear": ctx.linear} if ctx.linear else {}
+    if operators.encoder is not None and operators.direct is not None:
+        options["encoding"] = Encoding(operators.encoder, operators.direct, mask, ctx.activation, u)
+    dims = ctx.sizes.dims if ctx.feedback else 0
+    made = scan_class(operators.step, ctx.half, special=bool(options))
+    return made(ctx.kind, operators.step, ctx.sizes.chunk, dims, states, kept, **options)
 
 
 def _arriving(grads: tuple[Tensor | None, ...], sequences: State, linear: int) -> State:

@@ -35,6 +35,9 @@ class ChunkOperators(NamedTuple):
         states: :meth:`DelaySystem.chunk_operator`, [memory at the start, u] -> memory after each step (S, N + C, C * N); with
             ``read`` in place of ``fold`` and ``from_u``.
         read: memory after a step -> its part of the sums of the step (D * N, W).
+        encoder: h -> u (H, D), where u is no linear function of h, or not the same one in each row. ``step`` then has zeros in
+            its place, and neither it nor ``fold`` knows what the u of a step contributes to its own gates, which is ``direct``.
+        direct: u -> the gates of its own step (D, G).
     """
 
     step: Tensor
@@ -44,6 +47,8 @@ class ChunkOperators(NamedTuple):
     from_u: Tensor | None = None
     states: Tensor | None = None
     read: Tensor | None = None
+    encoder: Tensor | None = None
+    direct: Tensor | None = None
 
     @property
     def chunk(self) -> int:
@@ -82,8 +87,8 @@ def short_kernel(powers: Tensor, system: DelaySystem) -> Tensor:
 
 
 def feedback_operators(
-    cell: LMUCell, input_weight: Tensor, hidden_weight: Tensor | None, system: DelaySystem, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    cell: LMUCell, input_weight: Tensor, hidden_weight: Tensor | None, system: DelaySystem, chunk: int, *, u_first: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The matrices of a chunk whose u depends on the state, differentiable in the weights. W = D + G.
 
     Args:
@@ -92,11 +97,12 @@ def feedback_operators(
         hidden_weight: h -> gates (H, G), or None.
         system: the delay system.
         chunk: steps per chunk C.
+        u_first: the u of a step has to be known before its gates.
 
     Returns:
         fold (D * N, C * W): the memory at the start of the chunk -> its part of the chunk's u and gates; step
         ((C - 1) * D + H, W): [u of the chunk so far, h] -> its part of the next u and gates; direct (D, G): u -> the gates of
-        its own step, which is already contained in the other two.
+        its own step; and encoder (H, D): h -> u. The last two are already contained in the others, unless ``u_first``.
     """
     dims, order = cell.memory_d, cell.order
     memory_weight = input_weight[: dims * order]
@@ -108,16 +114,22 @@ def feedback_operators(
     direct = short[0, :, dims:]
 
     # u sees the memory before the step, the gates the one after it, to which the u of the step has contributed.
-    to_u = powers[:chunk, ..., :dims]
-    to_gates = powers[1:, ..., dims:] + to_u @ direct
-    fold = torch.cat([to_u, to_gates], dim=-1).permute(1, 2, 0, 3).reshape(dims * order, -1)
-    kernel_u = short[: chunk - 1, :, :dims]
-    kernel_gates = short[1:chunk, :, dims:] + kernel_u @ direct
-    kernel = torch.cat([kernel_u, kernel_gates], dim=-1).flip(0).flatten(0, 1)
+    to_u, to_gates = powers[:chunk, ..., :dims], powers[1:, ..., dims:]
+    kernel_u, kernel_gates = short[: chunk - 1, :, :dims], short[1:chunk, :, dims:]
     # Of h; without hidden_to_memory there are no such rows, and no h.
     encoder = encoder_matrix(cell, memory_weight)[cell.input_size :]
-    from_hidden = encoder @ direct if hidden_weight is None else hidden_weight + encoder @ direct
-    return fold, torch.cat([kernel, torch.cat([encoder, from_hidden], dim=1)]), direct
+    hidden_to_u, hidden_to_gates = encoder, hidden_weight
+    if u_first:
+        hidden_to_u = torch.zeros_like(encoder)
+    else:
+        to_gates, kernel_gates = to_gates + to_u @ direct, kernel_gates + kernel_u @ direct
+        through_u = encoder @ direct
+        hidden_to_gates = through_u if hidden_weight is None else hidden_weight + through_u
+    if hidden_to_gates is None:
+        hidden_to_gates = direct.new_zeros(len(encoder), direct.shape[1])
+    fold = torch.cat([to_u, to_gates], dim=-1).permute(1, 2, 0, 3).reshape(dims * order, -1)
+    kernel = torch.cat([kernel_u, kernel_gates], dim=-1).flip(0).flatten(0, 1)
+    return fold, torch.cat([kernel, torch.cat([hidden_to_u, hidden_to_gates], dim=1)]), direct, encoder
 
 
 def encoder_matrix(cell: LMUCell, like: Tensor) -> Tensor:

@@ -289,6 +289,10 @@ GATES: dict[str, type[Gates]] = {
 }
 
 
+# Functions of one gate.
+SIMPLE = ("tanh", "sigmoid", "relu", "linear")
+
+
 class MemoryAndGates(Gates):
     """The step of a cell whose first state is [m, h]: the first ``linear`` sums are the memory m itself, the others its gates."""
 

@@ -19,7 +19,7 @@ advance the memory by a chunk.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -164,28 +164,48 @@ def _run(
     dtype = torch.promote_types(x.dtype, torch.float32)
     steps = x.shape[1]
     kind, input_weight, hidden_weight, bias = weights.to(dtype)
-    fold, step, direct = feedback_operators(cell, input_weight, hidden_weight, system, chunk)
+    u_first = encodes_first(cell, dropout)
+    fold, step, direct, encoder = feedback_operators(cell, input_weight, hidden_weight, system, chunk, u_first=u_first)
 
     # What the inputs contribute, in one product: x -> u, and x -> gates, directly and through u.
     to_u = encoder_matrix(cell, input_weight)[: cell.input_size]
-    to_gates = to_u @ direct
+    to_gates = torch.zeros_like(to_u @ direct) if u_first else to_u @ direct
     if cell.input_to_hidden and input_weight.shape[1]:
         to_gates = to_gates + input_weight[cell.memory_d * cell.order :]
     constant = None
     if cell.bias is not None or bias is not None:
         u_bias = to_u.new_zeros(cell.memory_d) if cell.bias is None else cell.bias.to(dtype)
-        gate_bias = u_bias @ direct
+        gate_bias = torch.zeros_like(to_gates[0]) if u_first else u_bias @ direct
         constant = torch.cat([u_bias, gate_bias if bias is None else gate_bias + bias])
-    x = x.to(dtype) if dropout.encoder is None else x.to(dtype) * dropout.encoder[:, None]
+    x, weight, mask = x.to(dtype), torch.cat([to_u, to_gates], dim=1), None
+    if dropout.encoder is not None:
+        dropped = x * dropout.encoder[:, None, : cell.input_size].to(dtype)
+        if u_first and cell.input_to_hidden:
+            # What goes straight to the gates is not dropped.
+            x = torch.cat([dropped, x], dim=2)
+            weight = torch.cat([F.pad(to_u, (0, to_gates.shape[1])), F.pad(to_gates, (to_u.shape[1], 0))])
+        else:
+            x = dropped
+        if cell.hidden_to_memory:
+            mask = dropout.encoder[:, cell.input_size :].to(dtype).contiguous()
     power = system.power(chunk, dtype, x.device)
     response = system.impulse_response(chunk, dtype, x.device).flip(1)
     operators = ChunkOperators(step, power, response, fold)
+    if u_first:
+        operators = operators._replace(encoder=encoder, direct=direct)
     hidden = tuple(part.to(dtype) for part in hidden)
-    inputs = (x, torch.cat([to_u, to_gates], dim=1), constant)
-    u, starts, sequences = chunked_scan(kind, *inputs, None, memory.to(dtype), operators, hidden, steps, half=half)
+    start = (None, memory.to(dtype), operators, hidden, steps)
+    options: Any = {"activation": cell.encoder_act, "mask": mask, "half": half}
+    u, starts, sequences = chunked_scan(kind, x, weight, constant, *start, **options)
     assert u is not None
     assert starts is not None
     return u, starts, sequences
+
+
+def encodes_first(cell: LMUCell, dropout: Dropout) -> bool:
+    """Whether the u of a step has to be known before its gates: it is no linear function of what is fed back, or not the same one
+    in each row."""
+    return cell.coupled and (cell.encoder_act != "linear" or (dropout.encoder is not None and cell.hidden_to_memory))
 
 
 def _half(weights: GateWeights, device: torch.device) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor
 from .cells import is_recurrent
 from .compiled import available
 from .costs import Recurrence, memory_algorithm, memory_chunk, recurrence_algorithm
-from .gates import GateWeights
+from .gates import SIMPLE, GateWeights
+from .lookahead import encodes_first
 from .memory import measured
 from .scan import scan_class
 from .state import Dropout
@@ -91,8 +92,12 @@ def make_plan(
             if algorithm in ("lookahead", "merged"):
                 raise ValueError(f"algorithm: {algorithm!r} cannot run this layer, because {reason}; use 'auto' or 'naive'")
             return _naive(cell, reason)
+    u_first = encodes_first(cell, dropout)
+    if algorithm == "merged" and u_first:
+        reason = "encoder_act or the dropout of what is fed back asks for u before the gates"
+        raise ValueError(f"algorithm: 'merged' cannot run this layer, because {reason}; use 'auto' or 'lookahead'")
     if weights is not None and (cell.hidden_to_memory or recurrent) and algorithm in ("auto", "lookahead", "merged"):
-        return _recurrence(cell, algorithm, batch, steps, weights, like)
+        return _recurrence(cell, algorithm, batch, steps, weights, like, u_first=u_first)
     if algorithm == "merged":
         reason = "its hidden cell has no form as affine gates"
         raise ValueError(f"algorithm: 'merged' cannot run this layer, because {reason}; use 'auto' or 'naive'")
@@ -116,10 +121,12 @@ def make_plan(
     return Plan(memory, min(chunk, steps), hidden, because)
 
 
-def _recurrence(cell: LMUCell, algorithm: str, batch: int, steps: int, weights: GateWeights, like: Tensor) -> Plan:
+def _recurrence(
+    cell: LMUCell, algorithm: str, batch: int, steps: int, weights: GateWeights, like: Tensor, *, u_first: bool
+) -> Plan:
     """How to run a hidden cell in affine gates, together with its memory."""
     if algorithm == "merged":
-        return Plan("merged", 0, _loop(like, merged=True), "algorithm='merged'")
+        return Plan("merged", 0, _loop(like, special=True), "algorithm='merged'")
     sizes = Recurrence(batch, steps, cell.memory_d, cell.order, cell.state_sizes[0], weights.input_weight.shape[1])
     memory, chunk = recurrence_algorithm(
         sizes,
@@ -127,22 +134,22 @@ def _recurrence(cell: LMUCell, algorithm: str, batch: int, steps: int, weights: 
         memory_to_memory=cell.memory_to_memory,
         compiled=available(like),
         measured=measured(like),
-        merges=algorithm == "auto",
+        merges=algorithm == "auto" and not u_first,
     )
     if memory == "merged":
         reason = "memory and hidden state are so small that one product a step costs least"
-        return Plan(memory, chunk, _loop(like, merged=True), reason)
+        return Plan(memory, chunk, _loop(like, special=True), reason)
     if cell.hidden_to_memory:
-        return Plan(memory, chunk, _loop(like), "hidden_to_memory feeds the state back")
+        return Plan(memory, chunk, _loop(like, special=u_first), "hidden_to_memory feeds the state back")
     return Plan(memory, chunk, _loop(like), _INPUT_FIRST if cell.memory_to_memory else _INPUT_KNOWN)
 
 
 def unsupported(cell: LMUCell, weights: GateWeights | None, dropout: Dropout) -> str | None:
     """Why a coupled layer, whose hidden cell has the gate form ``weights``, cannot look ahead; None if it can."""
-    if cell.encoder_act != "linear":
-        return "encoder_act makes u a non-linear function of the state"
-    if dropout.recurrent is not None or (dropout.encoder is not None and cell.hidden_to_memory):
-        return "the dropout of what is fed back differs from row to row"
+    if cell.encoder_act not in SIMPLE:
+        return f"the derivative of encoder_act={cell.encoder_act!r} does not follow from its value"
+    if dropout.recurrent is not None:
+        return "the dropout of the memory that is fed back differs from row to row"
     if cell.hidden_to_memory and weights is None:
         return "the hidden cell that is fed back has no form as affine gates"
     return None
@@ -152,5 +159,5 @@ def _naive(cell: LMUCell, reason: str) -> Plan:
     return Plan("naive", 0, None if cell.hidden_cell is None else "step by step", reason)
 
 
-def _loop(like: Tensor, *, merged: bool = False) -> str:
-    return f"{scan_class(like, linear=merged).language} loop"
+def _loop(like: Tensor, *, special: bool = False) -> str:
+    return f"{scan_class(like, special=special).language} loop"

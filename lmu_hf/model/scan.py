@@ -13,7 +13,7 @@ checkpoint that carries this file along runs without either.
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,28 @@ from torch import Tensor
 from .compiled import available, panels
 from .feedback import Feedback
 from .folding import ChunkOperators
-from .gates import make_gates
+from .gates import GATES, make_gates
 from .precision import full_float32
 
 State = tuple[Tensor, ...]
+
+
+class Encoding(NamedTuple):
+    """How u comes of the state before it where it is no linear function of it, or not the same one in each row.
+
+    Attributes:
+        encoder: h -> u (H, D).
+        direct: u -> the gates of its own step (D, G).
+        mask: what multiplies h on its way to u (B, H), or None.
+        activation: of u, a key of ``GATES`` with f' known from f.
+        u: the u of all steps (B, T, D), as the steps compute it.
+    """
+
+    encoder: Tensor
+    direct: Tensor
+    mask: Tensor | None
+    activation: str
+    u: Tensor
 
 
 class NaiveScan(Feedback):
@@ -39,12 +57,24 @@ class NaiveScan(Feedback):
         states: hidden state tensors before the first step, (B, H) each.
         kept: what :func:`gates.allocate` made.
         linear: how many numbers of h, and of the gates, come first and are memory, which no cell squashes.
+        encoding: how u comes of h, where ``step`` does not say it.
     """
 
     language = "python"
 
-    def __init__(self, kind: str, step: Tensor, chunk: int, dims: int, states: State, kept: State, *, linear: int = 0):
-        self.dims, self.kept, self.linear = dims, kept, linear
+    def __init__(
+        self,
+        kind: str,
+        step: Tensor,
+        chunk: int,
+        dims: int,
+        states: State,
+        kept: State,
+        *,
+        linear: int = 0,
+        encoding: Encoding | None = None,
+    ):
+        self.dims, self.kept, self.linear, self.encoding = dims, kept, linear, encoding
         self.gates = make_gates(kind, linear, states, kept)
         # The row of a step is as long as the u before it.
         self.matrices = [step[(chunk - 1 - j) * dims :] for j in range(chunk)] if dims else [step]
@@ -72,6 +102,8 @@ class NaiveScan(Feedback):
         row[:, :size] = output
         for j in range(count):
             now = torch.addmm(known[:, j], row[:, : j * dims + size], self.matrices[j])
+            if self.encoding is not None:
+                self._encode(output, now)
             output = self.gates.step(first + j, now[:, dims:])
             row[:, j * dims : (j + 1) * dims] = now[:, :dims]
             row[:, (j + 1) * dims :][:, :size] = output
@@ -106,14 +138,33 @@ class NaiveScan(Feedback):
                 direct = self.gates.back(first + j, self.grads[0][:, first + j] + carry, now[:, dims:])
                 if dims:
                     now[:, :dims] = inputs[:, j * dims : (j + 1) * dims]
+                    encoded = None if self.encoding is None else self._encode_back(first + j, now)
                     past = now @ self.matrices[j]
                     inputs[:, : j * dims] += past[:, : j * dims]
-                    carry = past[:, j * dims :]
+                    carry = past[:, j * dims :] if encoded is None else past[:, j * dims :] + encoded
                 else:
                     carry = now @ self.matrices[0]
                 if direct is not None:
                     carry = carry + direct
         self.carry = carry
+
+    def _encode(self, output: Tensor, sums: Tensor) -> None:
+        """Completes the sums of a step (B, W): u, and what it contributes to the gates."""
+        assert self.encoding is not None
+        encoder, direct, mask, activation, _ = self.encoding
+        u, gates = sums[:, : self.dims], sums[:, self.dims :]
+        u.addmm_(output if mask is None else output * mask, encoder)
+        GATES[activation].activation(u.clone(), u)
+        gates.addmm_(u, direct)
+
+    def _encode_back(self, t: int, grads: Tensor) -> Tensor:
+        """Completes the gradients of the sums of a step, given those of its gates and of its u; returns that of h before it."""
+        assert self.encoding is not None
+        encoder, direct, mask, activation, u = self.encoding
+        grad = torch.addmm(grads[:, : self.dims], grads[:, self.dims :], direct.mT)
+        GATES[activation].derivative(grad, u[:, t], grads[:, : self.dims])
+        back = grads[:, : self.dims] @ encoder.mT
+        return back if mask is None else back * mask
 
     def _precision(self) -> AbstractContextManager:
         return full_float32(self.output) if self.linear else nullcontext()
@@ -128,8 +179,19 @@ class CompiledScan(Feedback):
 
     language = "compiled"
 
-    def __init__(self, kind: str, step: Tensor, chunk: int, dims: int, states: State, kept: State, *, linear: int = 0):
-        self.kind, self.step, self.chunk, self.linear = kind, step, chunk, linear
+    def __init__(
+        self,
+        kind: str,
+        step: Tensor,
+        chunk: int,
+        dims: int,
+        states: State,
+        kept: State,
+        *,
+        linear: int = 0,
+        encoding: Encoding | None = None,
+    ):
+        self.kind, self.step, self.chunk, self.linear, self.encoding = kind, step, chunk, linear, encoding
         self.states, self.kept = [state.contiguous() for state in states], list(kept)
         self.advance: tuple[Tensor, ...] = ()  # of this direction: each object runs one way only
 
@@ -137,9 +199,25 @@ class CompiledScan(Feedback):
     def matrix(self) -> Tensor:
         return panels(self.step)
 
+    @cached_property
+    def forwards(self) -> tuple[list[Tensor], Tensor | None, str]:
+        """The encoding as the operators take it."""
+        if self.encoding is None:
+            return [], None, "linear"
+        encoder, direct, mask, activation, _ = self.encoding
+        return [panels(encoder), panels(direct)], mask, activation
+
+    @cached_property
+    def backwards(self) -> tuple[list[Tensor], Tensor | None, str]:
+        """The same for their adjoints, with the u that they need."""
+        if self.encoding is None:
+            return [], None, "linear"
+        encoder, direct, mask, activation, u = self.encoding
+        return [panels(encoder.mT), panels(direct.mT), u], mask, activation
+
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
         torch.ops.lmu_hf.scan_forward(
-            self.kind, self.linear, first, count, self.chunk, known, self.matrix, self.states, self.kept, u
+            self.kind, self.linear, first, count, self.chunk, known, self.matrix, self.states, self.kept, u, *self.forwards
         )
 
     def feedback_forward(
@@ -150,7 +228,18 @@ class CompiledScan(Feedback):
             self.advance = panels(power.mT), panels(response)
         memory = memory.clone(memory_format=torch.contiguous_format)
         torch.ops.lmu_hf.feedback_forward(
-            self.kind, first, known, operators.fold, *self.advance, self.matrix, self.states, self.kept, u, starts, memory
+            self.kind,
+            first,
+            known,
+            operators.fold,
+            *self.advance,
+            self.matrix,
+            self.states,
+            self.kept,
+            u,
+            starts,
+            memory,
+            *self.forwards,
         )
         return memory
 
@@ -187,6 +276,7 @@ class CompiledScan(Feedback):
             self.carries[-1],
             grad_starts,
             arrived,
+            *self.backwards,
         )
 
     def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
@@ -204,20 +294,21 @@ class CompiledScan(Feedback):
             grad_sums,
             self.carries[0],
             self.carries[-1],
+            *self.backwards,
         )
 
     def initial_gradients(self) -> State:
         return tuple(self.carries)
 
 
-def scan_class(like: Tensor, half: bool = False, linear: bool = False) -> Any:
-    """The scan to use for tensors like this one; ``linear`` if it has memory in front of h.
+def scan_class(like: Tensor, half: bool = False, special: bool = False) -> Any:
+    """The scan to use for tensors like this one; ``special`` if it has memory in front of h, or an :class:`Encoding`.
 
     ``half`` lets it round what multiplies h to bfloat16, where that is faster.
     """
     if available(like):
         return CompiledScan
-    kernels = None if linear else _triton_scan(like)
+    kernels = None if special else _triton_scan(like)
     if kernels is None:
         return NaiveScan
     return partial(kernels, half=True) if half else kernels

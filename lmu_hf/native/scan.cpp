@@ -356,14 +356,42 @@ void rows_at(
   rows[0] += linear;
 }
 
+// How u comes of the state before it where it is no linear function of it, or not the same one in each row; scan.Encoding.
+// Forwards `in` is h -> u and `direct` u -> gates; backwards they are transposed, and `u` holds that of all steps.
+template <typename T>
+struct Encoding {
+  Panels<T> in, direct;
+  const T* mask;
+  std::string activation;
+  std::optional<Sequence<T>> u;
+
+  static std::optional<Encoding> of(at::TensorList tensors, const std::optional<at::Tensor>& mask, const std::string& activation) {
+    if (tensors.empty()) return std::nullopt;
+    TORCH_CHECK(!mask || mask->is_contiguous(), "expected a contiguous mask");
+    Encoding made{Panels<T>(tensors[0]), Panels<T>(tensors[1]), mask ? mask->data_ptr<T>() : nullptr, activation, std::nullopt};
+    if (tensors.size() > 2) made.u.emplace(tensors[2]);
+    return made;
+  }
+};
+
+template <typename Function>
+void with_activation(const std::string& name, const Function& function) {
+  if (name == "tanh") return function(Tanh());
+  if (name == "sigmoid") return function(Sigmoid());
+  if (name == "relu") return function(Relu());
+  if (name == "linear") return function(Linear());
+  TORCH_CHECK(false, "no activation ", name);
+}
+
 template <typename T, typename Cell>
 void forward_rows(
     int64_t begin, int64_t end, int64_t linear, int64_t first, int64_t count, int64_t chunk, const Sequence<T>& known, const Panels<T>& matrix,
-    const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept, const Sequence<T>& u) {
+    const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept, const Sequence<T>& u,
+    const std::optional<Encoding<T>>& encoding) {
   const int64_t dims = u.features, size = kept[0].features, width = known.features;
   const int64_t u_stride = chunk * dims + 1, rows = end - begin;
   const Panels<T> from_hidden = matrix.from_row(dims ? (chunk - 1) * dims : 0);
-  std::vector<T> sums(rows * padded(width)), past(rows * u_stride);
+  std::vector<T> sums(rows * padded(width)), past(rows * u_stride), masked(encoding ? rows * size : 0);
   const int64_t sum_stride = padded(width);
   for (int64_t j = 0; j < count; ++j) {
     const int64_t t = first + j;
@@ -373,6 +401,23 @@ void forward_rows(
     if (dims)
       product<T>(
           rows, width, j * dims, past.data(), u_stride, matrix.from_row((chunk - 1 - j) * dims), sums.data(), sum_stride);
+    if (encoding) {
+      const T* read = hidden;
+      int64_t read_stride = t > 0 ? kept[0].row : size;
+      if (encoding->mask) {
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t i = 0; i < size; ++i)
+            masked[r * size + i] = hidden[r * read_stride + i] * encoding->mask[(begin + r) * size + i];
+        read = masked.data(), read_stride = size;
+      }
+      // What a product adds past its width is zero: the gates behind u stay as they are.
+      product<T>(rows, dims, size, read, read_stride, encoding->in, sums.data(), sum_stride);
+      with_activation(encoding->activation, [&](auto function) {
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t d = 0; d < dims; ++d) sums[r * sum_stride + d] = function.value(sums[r * sum_stride + d]);
+      });
+      product<T>(rows, width - dims, dims, sums.data(), sum_stride, encoding->direct, sums.data() + dims, sum_stride);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       T *now[3], *before[3];
       rows_at<T, Cell>(kept, initial, linear, begin + r, t, now);
@@ -390,10 +435,11 @@ template <typename T, typename Cell>
 void backward_rows(
     int64_t begin, int64_t end, int64_t linear, int64_t first, int64_t count, int64_t chunk, const Panels<T>& to_hidden, const Panels<T>& to_u,
     const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept, const std::vector<Sequence<T>>& grads,
-    const Sequence<T>& grad_u, const Sequence<T>& grad_sums, T* carry, T* carried) {
+    const Sequence<T>& grad_u, const Sequence<T>& grad_sums, T* carry, T* carried, const std::optional<Encoding<T>>& encoding) {
   const int64_t dims = grad_u.features, size = kept[0].features, width = grad_sums.features;
   const int64_t rows = end - begin, h_stride = padded(size), w_stride = padded(width), u_stride = padded(chunk * dims);
   std::vector<T> grad(rows * h_stride), wide(rows * w_stride), inputs(PANEL + rows * u_stride), rest(rows * h_stride);
+  std::vector<T> masked(encoding && encoding->mask ? rows * h_stride : 0);
   T* to_inputs = inputs.data() + PANEL;
   for (int64_t r = 0; r < rows; ++r) {
     std::memcpy(&grad[r * h_stride], carry + (begin + r) * size, size * sizeof(T));
@@ -419,9 +465,23 @@ void backward_rows(
       std::memcpy(gates, to_inputs + r * u_stride + j * dims, dims * sizeof(T));
       std::memcpy(gates + dims, sum, linear * sizeof(T));
       Cell::template back<T>(size - linear, sum + linear, before, now, gates + dims + linear, further, direct + linear);
-      std::memcpy(grad_sums.at(begin + r, j), gates, width * sizeof(T));
       std::memcpy(sum, direct, size * sizeof(T));  // zeros but for what a cell wrote there
     }
+    if (encoding) {
+      product<T>(rows, dims, width - dims, wide.data() + dims, w_stride, encoding->direct, wide.data(), w_stride);
+      with_activation(encoding->activation, [&](auto function) {
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t d = 0; d < dims; ++d) wide[r * w_stride + d] *= function.slope(encoding->u->at(begin + r, t)[d]);
+      });
+      T* back = encoding->mask ? masked.data() : grad.data();
+      std::fill(masked.begin(), masked.end(), T(0));
+      product<T>(rows, size, dims, wide.data(), w_stride, encoding->in, back, h_stride);
+      if (encoding->mask)
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t i = 0; i < size; ++i)
+            grad[r * h_stride + i] += masked[r * h_stride + i] * encoding->mask[(begin + r) * size + i];
+    }
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(grad_sums.at(begin + r, j), &wide[r * w_stride], width * sizeof(T));
     product<T>(rows, size, width, wide.data(), w_stride, to_hidden, grad.data(), h_stride);
     // The columns of lags 1 to j, from the start of a panel on. What that adds before the first u falls into the room between
     // rows, what the last vector adds past u j - 1 is spent: neither is ever read.
@@ -473,7 +533,8 @@ void with_type(const at::Tensor& tensor, const Function& function) {
 
 void forward(
     const std::string kind, int64_t linear, int64_t first, int64_t count, int64_t chunk, const at::Tensor& known, const at::Tensor& matrix,
-    at::TensorList states, at::TensorList kept, const at::Tensor& u) {
+    at::TensorList states, at::TensorList kept, const at::Tensor& u, at::TensorList encoding,
+    const std::optional<at::Tensor>& mask, const std::string activation) {
   with_type(known, [&](auto scalar) {
     using T = decltype(scalar);
     with_cell(kind, [&](auto cell) {
@@ -481,8 +542,10 @@ void forward(
       const Sequence<T> knowns(known), inputs(u);
       const auto keep = sequences<T>(kept);
       const auto initial = pointers<T>(states);
+      const auto encodes = Encoding<T>::of(encoding, mask, activation);
       over_rows(known.size(0), [&](int64_t begin, int64_t end) {
-        forward_rows<T, Cell>(begin, end, linear, first, count, chunk, knowns, Panels<T>(matrix), initial, keep, inputs);
+        forward_rows<T, Cell>(
+            begin, end, linear, first, count, chunk, knowns, Panels<T>(matrix), initial, keep, inputs, encodes);
       });
     });
   });
@@ -491,7 +554,7 @@ void forward(
 void backward(
     const std::string kind, int64_t linear, int64_t first, int64_t count, int64_t chunk, const at::Tensor& to_hidden, const at::Tensor& to_u,
     at::TensorList states, at::TensorList kept, at::TensorList grads, const at::Tensor& grad_u, const at::Tensor& grad_sums, const at::Tensor& carry,
-    const at::Tensor& carried) {
+    const at::Tensor& carried, at::TensorList encoding, const std::optional<at::Tensor>& mask, const std::string activation) {
   with_type(grad_sums, [&](auto scalar) {
     using T = decltype(scalar);
     with_cell(kind, [&](auto cell) {
@@ -499,10 +562,11 @@ void backward(
       const Sequence<T> inputs(grad_u), bases(grad_sums);
       const auto keep = sequences<T>(kept), outer = sequences<T>(grads);
       const auto initial = pointers<T>(states);
+      const auto encodes = Encoding<T>::of(encoding, mask, activation);
       over_rows(grad_sums.size(0), [&](int64_t begin, int64_t end) {
         backward_rows<T, Cell>(
             begin, end, linear, first, count, chunk, Panels<T>(to_hidden), Panels<T>(to_u), initial, keep, outer, inputs, bases,
-            carry.data_ptr<T>(), carried.data_ptr<T>());
+            carry.data_ptr<T>(), carried.data_ptr<T>(), encodes);
       });
     });
   });
@@ -551,7 +615,8 @@ at::Tensor flat_steps(const at::Tensor& tensor, int64_t first, int64_t length) {
 void feedback_forward(
     const std::string kind, int64_t first, const at::Tensor& known, const at::Tensor& fold, const at::Tensor& power,
     const at::Tensor& response, const at::Tensor& matrix, at::TensorList states, at::TensorList kept, const at::Tensor& u,
-    const at::Tensor& starts, const at::Tensor& memory) {
+    const at::Tensor& starts, const at::Tensor& memory, at::TensorList encoding, const std::optional<at::Tensor>& mask,
+    const std::string activation) {
   const int64_t chunk = response.size(2), steps = kept[0].size(1), total = u.size(1), batch = u.size(0), dims = u.size(2);
   const int64_t order = memory.size(2), grain = std::max<int64_t>(1, 64 / dims);
   TORCH_CHECK(memory.is_contiguous() && known.stride(1) == known.size(2), "expected contiguous tensors");
@@ -559,7 +624,9 @@ void feedback_forward(
     const at::Tensor start = starts.select(1, at / chunk);
     start.copy_(memory.view_as(start));
     flat_steps(known, at - first, chunk).addmm_(start, fold);
-    forward(kind, 0, at, std::min(chunk, steps - at), chunk, known.narrow(1, at - first, chunk), matrix, states, kept, u);
+    forward(
+        kind, 0, at, std::min(chunk, steps - at), chunk, known.narrow(1, at - first, chunk), matrix, states, kept, u, encoding,
+        mask, activation);
     if (at + chunk >= total) return;
     with_type(u, [&](auto scalar) {
       using T = decltype(scalar);
@@ -580,7 +647,8 @@ void feedback_backward(
     const std::string kind, int64_t first, const at::Tensor& fold, const at::Tensor& power, const at::Tensor& response,
     const at::Tensor& to_hidden, const at::Tensor& to_u, at::TensorList states, at::TensorList kept, at::TensorList grads,
     const at::Tensor& grad_u, const at::Tensor& grad_sums, const at::Tensor& carry, const at::Tensor& carried,
-    const std::optional<at::Tensor>& grad_starts, const at::Tensor& arrived) {
+    const std::optional<at::Tensor>& grad_starts, const at::Tensor& arrived, at::TensorList encoding,
+    const std::optional<at::Tensor>& mask, const std::string activation) {
   const int64_t chunks = arrived.size(1) - 1, chunk = grad_sums.size(1) / chunks, steps = kept[0].size(1);
   const int64_t batch = grad_u.size(0), dims = grad_u.size(2), order = response.size(2), flat = dims * order;
   const at::Tensor transposed = fold.t();
@@ -606,7 +674,7 @@ void feedback_backward(
     });
     backward(
         kind, 0, at, std::min(chunk, steps - at), chunk, to_hidden, to_u, states, kept, grads, grad_u.narrow(1, at, chunk),
-        grad_sums.narrow(1, at - first, chunk), carry, carried);
+        grad_sums.narrow(1, at - first, chunk), carry, carried, encoding, mask, activation);
     start.addmm_(flat_steps(grad_sums, at - first, chunk), transposed);
     if (grad_starts) start.add_(grad_starts->select(1, at / chunk));
     arrived.select(1, index).copy_(start);
@@ -885,21 +953,23 @@ TORCH_LIBRARY(lmu_hf, library) {
       .def("step", &Stream::step);
   library.def(
       "scan_forward(str kind, int linear, int first, int count, int chunk, Tensor known, Tensor matrix, Tensor[] states, "
-      "Tensor(a!)[] kept, Tensor(b!) u) -> ()");
+      "Tensor(a!)[] kept, Tensor(b!) u, Tensor[] encoding, Tensor? mask, str activation) -> ()");
   library.def(
       "scan_backward(str kind, int linear, int first, int count, int chunk, Tensor to_hidden, Tensor to_u, Tensor[] states, Tensor[] kept, "
-      "Tensor[] grads, Tensor grad_u, Tensor(a!) grad_sums, Tensor(b!) carry, Tensor(c!) carried) -> ()");
+      "Tensor[] grads, Tensor grad_u, Tensor(a!) grad_sums, Tensor(b!) carry, Tensor(c!) carried, Tensor[] encoding, Tensor? mask, "
+      "str activation) -> ()");
   // The chunks of a segment, L steps from `first` on: fold (D * N, C * W), starts (B, K, D * N), memory (B, D, N), which is
   // updated, and known (B, L, W); powers, A^C transposed (S, N, N), and responses (S, C, N) in panels.
   library.def(
       "feedback_forward(str kind, int first, Tensor(d!) known, Tensor fold, Tensor power, Tensor response, Tensor matrix, "
-      "Tensor[] states, Tensor(a!)[] kept, Tensor(b!) u, Tensor(c!) starts, Tensor(e!) memory) -> ()");
+      "Tensor[] states, Tensor(a!)[] kept, Tensor(b!) u, Tensor(c!) starts, Tensor(e!) memory, Tensor[] encoding, Tensor? mask, "
+      "str activation) -> ()");
   // Its adjoint, with power A^C and response (S, N, C) in panels. `arrived` (B, K + 1, D * N) takes the gradients of the memory at
   // the start of each of these K chunks; in its last place comes that of the memory after them.
   library.def(
       "feedback_backward(str kind, int first, Tensor fold, Tensor power, Tensor response, Tensor to_hidden, Tensor to_u, "
       "Tensor[] states, Tensor[] kept, Tensor[] grads, Tensor(a!) grad_u, Tensor(b!) grad_sums, Tensor(c!) carry, "
-      "Tensor(d!) carried, Tensor? grad_starts, Tensor(e!) arrived) -> ()");
+      "Tensor(d!) carried, Tensor? grad_starts, Tensor(e!) arrived, Tensor[] encoding, Tensor? mask, str activation) -> ()");
   // starts (M, D, N), u (M, C, D), A (S, N, N), B (S, N), states (M, C, D, N); N up to 32. `arriving` takes the gradients that
   // reach each state, later ones included.
   library.def("memory_forward(Tensor starts, Tensor u, Tensor A, Tensor B, Tensor(a!) states) -> ()");

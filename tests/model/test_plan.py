@@ -17,8 +17,10 @@ CASES = [
     ((1, 1, 8, 20.0, "rnn", 6), {**COUPLED, "algorithm": "lookahead"}, 40, "lookahead", "feeds the state back"),
     ((1, 1, 8, 20.0, "gru", 6), {"algorithm": "merged"}, 40, "merged", "algorithm='merged'"),
     ((1, 1, 8, 20.0, "rnn", 6), COUPLED, 1, "naive", "a single step"),
-    ((1, 1, 8, 20.0, "rnn", 6), {**COUPLED, "encoder_act": "tanh"}, 40, "naive", "encoder_act"),
-    ((1, 1, 8, 20.0, "rnn", 6), {**COUPLED, "dropout": 0.5}, 40, "naive", "dropout"),
+    ((1, 1, 8, 20.0, "rnn", 6), {**COUPLED, "encoder_act": "gelu"}, 40, "naive", "encoder_act"),
+    ((1, 1, 8, 20.0, "rnn", 6), {**COUPLED, "encoder_act": "tanh"}, 40, "lookahead", "feeds the state back"),
+    ((1, 1, 8, 20.0, "rnn", 6), {**COUPLED, "recurrent_dropout": 0.5}, 40, "naive", "dropout"),
+    ((1, 1, 8, 20.0, "rnn", 6), {**COUPLED, "dropout": 0.5}, 40, "lookahead", "feeds the state back"),
     ((1, 1, 8, 20.0, nn.RNNCell(8, 6), None), {"hidden_to_memory": True}, 40, "merged", "one product"),
     ((1, 40, 40, 600.0, "lstm", 6), {"memory_to_memory": True}, 40, None, "computed first, by look-ahead"),
     ((1, 8, 64, 90.0, "rnn", 4), {}, 90, None, "known in advance"),
@@ -65,7 +67,7 @@ def test_without_the_compiled_loop():
 
 
 def test_training_and_evaluation_mode():
-    layer = LMU(1, 1, 8, 20.0, "rnn", 6, **COUPLED, dropout=0.5)
+    layer = LMU(1, 1, 8, 20.0, "rnn", 6, **COUPLED, recurrent_dropout=0.5)
     assert layer.explain(3, 40).memory == "naive"
     assert layer.explain(3, 40, training=False).memory == layer.eval().explain(3, 40).memory == "merged"
 
@@ -135,7 +137,9 @@ def test_chunks_are_no_longer_than_the_sequence():
         ((), {}, "all steps can be computed at once"),
         (("dense", 6), {"memory_to_memory": True}, "all steps can be computed at once"),
         (("rnn", 6), {"hidden_act": "gelu"}, "no form as affine gates"),
-        (("rnn", 6), {**COUPLED, "encoder_act": "tanh"}, "encoder_act"),
+        (("rnn", 6), {**COUPLED, "encoder_act": "gelu"}, "encoder_act='gelu'"),
+        (("rnn", 6), {**COUPLED, "encoder_act": "tanh"}, "u before the gates"),
+        (("rnn", 6), {**COUPLED, "dropout": 0.5}, "u before the gates"),
     ],
 )
 def test_what_cannot_be_merged(arguments, options, reason):
