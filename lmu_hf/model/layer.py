@@ -45,9 +45,9 @@ class LMU(nn.Module):
         stateful: start each call from the state where the one before ended; see :meth:`reset_state`.
         go_backwards: run from the last step to the first; sequence outputs come in that order too.
         bidirectional: run both ways, with separate weights, and join the outputs, both in time order.
-        algorithm: how the memory is computed: "auto", "naive", "chunked", "fft", "final", "scan" or, where the state is fed
-            back, "lookahead". A choice of this run that is not part of a checkpoint; may be set at any time. :meth:`explain`
-            tells what "auto" chooses.
+        algorithm: how the memory is computed: "auto", "naive", "chunked", "fft", "final", "scan"; where the state is fed back,
+            "lookahead"; and with a recurrent hidden cell "merged", memory and gates in one product a step. A choice of this run
+            that is not part of a checkpoint; may be set at any time. :meth:`explain` tells what "auto" chooses.
         checkpoint_steps: for sequences whose activations do not fit into memory: training keeps only the state after every so
             many time steps and computes what lies between once more, backwards. A choice of this run like ``algorithm``.
         **kwargs: the other arguments of :class:`LMUCell`.

@@ -36,14 +36,14 @@ LAYERS = [
 ]
 
 
-def run(*, runs: int, **_) -> dict:
+def run(*, runs: int, names: list[str] | None = None, **_) -> dict:
     """Walks both grids, forward and with backward: list of sizes, ms of each way, the choice and what it costs."""
     torch.manual_seed(0)
-    report = {"memories": [], "layers": []}
+    report: dict[str, list] = {name: [] for name in names or ("memories", "layers")}
     for training in (False, True):
-        for rows, steps, order in MEMORIES:
+        for rows, steps, order in MEMORIES if "memories" in report else ():
             _report(report["memories"], _memory(rows, steps, order, training, runs))
-        for sizes in LAYERS:
+        for sizes in LAYERS if "layers" in report else ():
             for coupled in (False, True):
                 _report(report["layers"], _layer(*sizes, coupled, training, runs))
     for name, found in report.items():

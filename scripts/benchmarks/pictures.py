@@ -34,6 +34,7 @@ def draw(folder: Path) -> None:
 
 def _scaling(record: dict):
     from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
     figure, panels = pyplot.subplots(1, len(record["results"]), figsize=(13, 3.9), squeeze=False, layout="constrained")
     for panel, (sweep, sizes) in zip(panels[0], record["results"].items(), strict=True):
@@ -47,7 +48,12 @@ def _scaling(record: dict):
                 x, [min(own) for own in runs], [max(own) for own in runs], color=colour, alpha=0.15, linewidth=0
             )
         panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_locator(FixedLocator([int(size) for size in sizes]))
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel(AXES[sweep])
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)

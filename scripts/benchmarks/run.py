@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; all by default")
     parser.add_argument("--keras", metavar="PYTHON", help="Python of an environment with keras-lmu")
     parser.add_argument("--runs", type=int, default=7, help="of each contender, in turn")
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="only some cases of speed, scaling or footprint")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="only some cases of speed, scaling, choices or footprint")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON files and pictures")
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in PARTS]:
