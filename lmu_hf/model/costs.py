@@ -111,6 +111,10 @@ def memory_chunk(rows: int, steps: int, order: int, *, training: bool, measured:
     return min((size for name, size in costs if name == "chunked"), key=lambda size: costs["chunked", size])
 
 
+# What a step takes in the loop in Python, beyond that of a cell alone: cutting [u, h] or [m, h] and putting them together again.
+_PYTHON_STEP = {"lookahead": 85e3, "merged": 35e3, "folded": 0.0, "written": 0.0}
+
+
 class Recurrence(NamedTuple):
     """The sizes of a run whose steps depend on each other: B, T, D, N, the hidden size H and the width G of its gates."""
 
@@ -211,4 +215,6 @@ def recurrence_algorithm(
         costs = {way: first + cost for way, cost in uncoupled_costs(sizes, compiled=compiled).items()}
     if measured and merges:
         costs["merged", 0] = merged_cost(sizes)
+    if not compiled:
+        costs = {way: cost + sizes.steps * _PYTHON_STEP[way[0]] for way, cost in costs.items()}
     return min(costs, key=costs.__getitem__)
