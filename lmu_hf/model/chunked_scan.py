@@ -10,6 +10,7 @@ step's sums: D + G if u is computed in the loop, otherwise G.
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from .compiled import SMALL_ORDER, available
 from .feedback import advance
 from .folding import ChunkOperators
-from .gates import allocate
+from .gates import allocate_for
 from .memory import fold_rows, fold_state, unfold_rows, unfold_state
 from .precision import full_float32
 from .scan import Encoding, scan_class
@@ -143,19 +144,20 @@ class _ChunkedScan(torch.autograd.Function):
         batch, width = states[0].shape[0], step.shape[1]
         sizes = _Sizes(batch, steps, memory, operators)
         dims, chunk, total = sizes.dims, sizes.chunk, sizes.total
-        kept = allocate(kind, linear, states, steps)
+        kept = allocate_for(kind, linear, states, steps)
         starts: Any = None if memory is None else step.new_empty(batch, sizes.chunks, memory[0].numel())
         feedback = memory is not None and u is None
         if u is None:
             u = step.new_empty(batch, total, dims)
             u[:, steps:] = 0
         ctx.kind, ctx.half, ctx.linear, ctx.activation = kind, half, linear, activation
-        ctx.sizes, ctx.states, ctx.feedback = sizes, len(states), feedback
+        ctx.sizes, ctx.states, ctx.feedback, ctx.device_type = sizes, len(states), feedback, step.device.type
         scan = _make_scan(ctx, operators, mask, u, states, kept)
         nothing = step.new_empty(batch, steps, 0)
         scratch = _Scratch(step)
         for first, length in sizes.segments():
-            known = _known(_cut(given, first, length), weight, bias, (batch, length, width), scratch)
+            with full_float32(step) if linear else nullcontext():  # then it is part of the memory
+                known = _known(_cut(given, first, length), weight, bias, (batch, length, width), scratch)
             if feedback:
                 memory = scan.feedback_forward(first, known, u, starts, memory, operators)
                 continue
@@ -176,15 +178,20 @@ class _ChunkedScan(torch.autograd.Function):
         saved = (mask, given, weight, bias, u, starts, *operators, *states, *kept)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        alone = (kept[0][..., linear:].contiguous(),) if linear else ()
+        alone = (kept[0][..., linear:].clone(memory_format=torch.contiguous_format),) if linear else ()
         return (u if feedback else None), starts, *kept[: len(states)], *alone
 
     @staticmethod
-    def backward(ctx: Any, grad_u: Tensor | None, grad_starts: Tensor | None, *grad_sequences: Tensor | None) -> tuple:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the look-ahead recurrence has no second derivative; set algorithm='naive' on the layer for create_graph=True"
+                "this recurrence has no second derivative; set algorithm='naive' on the layer for create_graph=True"
             )
+        with torch.autocast(ctx.device_type, enabled=False):  # as forward, whoever calls it
+            return _ChunkedScan._backward(ctx, *grads)
+
+    @staticmethod
+    def _backward(ctx: Any, grad_u: Tensor | None, grad_starts: Tensor | None, *grad_sequences: Tensor | None) -> tuple:
         mask, given, weight, bias, u, starts, *rest = ctx.saved_tensors
         operators, tensors, rest = ChunkOperators(*rest[:_OPERATORS]), rest[:_OPERATORS], rest[_OPERATORS:]
         states, kept = tuple(rest[: ctx.states]), tuple(rest[ctx.states :])
@@ -254,8 +261,8 @@ class _ChunkedScan(torch.autograd.Function):
                 if "step" in grads:
                     _add_step_gradient(grads["step"], flat, u[:, segment] if feedback else None, before, chunk)
                 if "encoder" in grads:
-                    read = before if mask is None else before * mask[:, None]
-                    grads["encoder"].addmm_(read.flatten(0, 1).mT, flat[:, :dims])
+                    seen = before if mask is None else before * mask[:, None]
+                    grads["encoder"].addmm_(seen.flatten(0, 1).mT, flat[:, :dims])
             if "direct" in grads:
                 grads["direct"].addmm_(u[:, segment].flatten(0, 1).mT, flat[:, dims:])
             if "bias" in grads:
@@ -288,11 +295,12 @@ def _make_scan(ctx: Any, operators: ChunkOperators, mask: Tensor | None, u: Tens
 
 def _arriving(grads: tuple[Tensor | None, ...], sequences: State, linear: int) -> State:
     """Gradients of the state sequences; of [m, h], with ``linear``, those of h alone where m has none."""
-    own = tuple(torch.zeros_like(state) if grad is None else grad for grad, state in zip(grads, sequences, strict=False))
     alone = grads[len(sequences)] if linear else None
-    if alone is None:
-        return own
-    return (alone if grads[0] is None else own[0] + F.pad(alone, (linear, 0)), *own[1:])
+    first = grads[0]
+    if alone is not None:
+        first = alone if first is None else first + F.pad(alone, (linear, 0))
+    own = zip((first, *grads[1:]), sequences, strict=False)
+    return tuple(torch.zeros_like(state) if grad is None else grad for grad, state in own)
 
 
 def _known(

@@ -111,8 +111,9 @@ def memory_chunk(rows: int, steps: int, order: int, *, training: bool, measured:
     return min((size for name, size in costs if name == "chunked"), key=lambda size: costs["chunked", size])
 
 
-# What a step takes in the loop in Python, beyond that of a cell alone: cutting [u, h] or [m, h] and putting them together again.
-_PYTHON_STEP = {"lookahead": 85e3, "merged": 35e3, "folded": 0.0, "written": 0.0}
+# What a step of the look-ahead recurrence takes in the loop in Python, beyond that of the merged one: more calls. A cell alone
+# has fewer than either.
+_PYTHON_STEP = 50e3
 
 
 class Recurrence(NamedTuple):
@@ -213,8 +214,6 @@ def recurrence_algorithm(
     else:
         first = min(lookahead_costs(sizes._replace(hidden_size=0, gates=0)).values()) if memory_to_memory else 0.0
         costs = {way: first + cost for way, cost in uncoupled_costs(sizes, compiled=compiled).items()}
-    if measured and merges:
-        costs["merged", 0] = merged_cost(sizes)
-    if not compiled:
-        costs = {way: cost + sizes.steps * _PYTHON_STEP[way[0]] for way, cost in costs.items()}
+    if measured and merges and (compiled or hidden_to_memory):
+        costs["merged", 0] = merged_cost(sizes) - (0 if compiled else sizes.steps * _PYTHON_STEP)
     return min(costs, key=costs.__getitem__)

@@ -324,7 +324,7 @@ def make_gates(kind: str, linear: int, states: tuple[Tensor, ...], kept: tuple[T
     return MemoryAndGates(kind, linear, states, kept) if linear else GATES[kind](states, kept)
 
 
-def allocate(kind: str, linear: int, states: tuple[Tensor, ...], steps: int) -> tuple[Tensor, ...]:
+def allocate_for(kind: str, linear: int, states: tuple[Tensor, ...], steps: int) -> tuple[Tensor, ...]:
     """:meth:`Gates.allocate` for such a step."""
     kept = GATES[kind].allocate((states[0][:, linear:], *states[1:]), steps)
     return (states[0].new_empty(len(states[0]), steps, states[0].shape[1]), *kept[1:]) if linear else kept

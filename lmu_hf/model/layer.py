@@ -290,7 +290,8 @@ class LMU(nn.Module):
     ) -> tuple[Tensor, LMUState]:
         """Runs one direction, planned as a whole; ``at_rest`` says that the state is known to be zero."""
         system = cell.system()
-        weights = None if x.shape[1] == 1 or self.algorithm == "naive" else gate_weights(cell.hidden_cell)
+        one_by_one = self.algorithm == "naive" or (self.algorithm == "auto" and x.shape[1] == 1)
+        weights = None if one_by_one else gate_weights(cell.hidden_cell)
         plan = make_plan(
             cell,
             self.algorithm,

@@ -42,19 +42,20 @@ def merged_recurrence(
     return_sequence: bool,
 ) -> tuple[Tensor, LMUState]:
     """Runs an LMU with a hidden cell. Equals ``naive_recurrence`` to rounding, with the same results and arguments but for
-    ``weights``, the gate form of the hidden cell.
+    ``weights``, the gate form of the hidden cell, as long as the hidden state is finite: in one product with the memory, infinite
+    numbers become NaN there too, also where they are not fed back.
 
     Computes in float32 or better. Its gradient cannot be differentiated again.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     linear = cell.memory_d * cell.order
     given = x
+    known = cell.encoder_act != "linear" or dropout.encoder is not None
+    if known:
+        # u differs from x by more than a matrix, so it comes first.
+        u = cell.encode(x, dropout=dropout)
+        given = torch.cat([u, x], dim=2) if cell.input_to_hidden else u
     with torch.autocast(x.device.type, enabled=False):
-        known = cell.encoder_act != "linear" or dropout.encoder is not None
-        if known:
-            # u differs from x by more than a matrix, so it comes first.
-            u = cell.encode(x, dropout=dropout)
-            given = torch.cat([u, x], dim=2) if cell.input_to_hidden else u
         recurrent, of_input, bias = merged_operators(cell, weights.to(dtype), system, known=known)
         start = torch.cat([state.memory.to(dtype).flatten(1), state.hidden[0].to(dtype)], dim=1)
         states = (start, *(part.to(dtype) for part in state.hidden[1:]))
@@ -62,7 +63,7 @@ def merged_recurrence(
         inputs = (given.to(dtype), of_input, bias, None, None)
         _, _, (*sequences, hidden) = chunked_scan(weights.kind, *inputs, operators, states, x.shape[1], linear=linear)
     last = tuple(last_valid(sequence, lengths) for sequence in sequences)
-    output = blank(hidden, lengths) if return_sequence else last[0][:, linear:].contiguous()
+    output = blank(hidden, lengths) if return_sequence else last[0][:, linear:].clone(memory_format=torch.contiguous_format)
     final = [where_started(new, old, lengths) for new, old in zip(last, states, strict=True)]
     # Of their own, as states are saved.
     memory, first = (part.clone(memory_format=torch.contiguous_format) for part in final[0].tensor_split([linear], dim=1))

@@ -134,7 +134,8 @@ def _recurrence(
         memory_to_memory=cell.memory_to_memory,
         compiled=available(like),
         measured=measured(like),
-        merges=algorithm == "auto" and not u_first,
+        # An infinite hidden state, which only unbounded cells have, must not reach a memory that it is not fed back to.
+        merges=algorithm == "auto" and not u_first and (cell.hidden_to_memory or weights.kind not in ("relu", "linear")),
     )
     if memory == "merged":
         reason = "memory and hidden state are so small that one product a step costs least"

@@ -54,8 +54,8 @@ class NaiveScan(Feedback):
         step: [u of the chunk so far, h] -> sums, ((C - 1) * D + H, W).
         chunk: steps per chunk C.
         dims: D, 0 for a scan without memory.
-        states: hidden state tensors before the first step, (B, H) each.
-        kept: what :func:`gates.allocate` made.
+        states: hidden state tensors before the first step, (B, H) each; with ``linear`` the first is [m, h].
+        kept: what :func:`gates.allocate_for` made.
         linear: how many numbers of h, and of the gates, come first and are memory, which no cell squashes.
         encoding: how u comes of h, where ``step`` does not say it.
     """
@@ -115,7 +115,8 @@ class NaiveScan(Feedback):
 
         With ``linear``, the first may be that of the numbers behind the memory alone.
         """
-        grads = (F.pad(grads[0], (self.output.shape[1] - grads[0].shape[2], 0)), *grads[1:])
+        if self.linear:
+            grads = (F.pad(grads[0], (self.output.shape[1] - grads[0].shape[2], 0)), *grads[1:])
         self.grads = grads
         self.gates.load_gradients(grads)
         self.carry = torch.zeros_like(self.output)

@@ -62,7 +62,8 @@ struct Panels {
 
 // c (R, V vectors) += a (R, inner) @ b (inner, V vectors)
 template <typename T, int R, int V>
-__attribute__((noinline)) void block(int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t panel, T* c, int64_t c_stride) {
+__attribute__((noinline)) void block(
+    int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t panel, T* c, int64_t c_stride) {
   using Vec = typename Vector<T>::type;
   constexpr int64_t lanes = BYTES / sizeof(T);
   Vec sum[R][V];
@@ -198,7 +199,8 @@ inline T tanh_or_sigmoid(T x, bool tanh) {
 
 // Out of line, so that the compiler does not know how few numbers may come and vectorizes.
 template <typename T, typename Index, typename Function>
-__attribute__((noinline)) void whole_vectors(Index count, const T* __restrict in, T* __restrict out, Index first, Function function) {
+__attribute__((noinline)) void whole_vectors(
+    Index count, const T* __restrict in, T* __restrict out, Index first, Function function) {
   for (Index i = 0; i < count; ++i) out[i] = function(in[i], first + i);
 }
 
@@ -365,7 +367,8 @@ struct Encoding {
   std::string activation;
   std::optional<Sequence<T>> u;
 
-  static std::optional<Encoding> of(at::TensorList tensors, const std::optional<at::Tensor>& mask, const std::string& activation) {
+  static std::optional<Encoding> of(
+      at::TensorList tensors, const std::optional<at::Tensor>& mask, const std::string& activation) {
     if (tensors.empty()) return std::nullopt;
     TORCH_CHECK(!mask || mask->is_contiguous(), "expected a contiguous mask");
     Encoding made{Panels<T>(tensors[0]), Panels<T>(tensors[1]), mask ? mask->data_ptr<T>() : nullptr, activation, std::nullopt};
@@ -385,8 +388,8 @@ void with_activation(const std::string& name, const Function& function) {
 
 template <typename T, typename Cell>
 void forward_rows(
-    int64_t begin, int64_t end, int64_t linear, int64_t first, int64_t count, int64_t chunk, const Sequence<T>& known, const Panels<T>& matrix,
-    const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept, const Sequence<T>& u,
+    int64_t begin, int64_t end, int64_t linear, int64_t first, int64_t count, int64_t chunk, const Sequence<T>& known,
+    const Panels<T>& matrix, const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept, const Sequence<T>& u,
     const std::optional<Encoding<T>>& encoding) {
   const int64_t dims = u.features, size = kept[0].features, width = known.features;
   const int64_t u_stride = chunk * dims + 1, rows = end - begin;
@@ -423,8 +426,10 @@ void forward_rows(
       rows_at<T, Cell>(kept, initial, linear, begin + r, t, now);
       rows_at<T, Cell>(kept, initial, linear, begin + r, t - 1, before);
       const T* sum = &sums[r * sum_stride];
-      std::memcpy(&past[r * u_stride + j * dims], sum, dims * sizeof(T));
-      std::memcpy(u.at(begin + r, t), sum, dims * sizeof(T));
+      if (dims) {
+        std::memcpy(&past[r * u_stride + j * dims], sum, dims * sizeof(T));
+        std::memcpy(u.at(begin + r, t), sum, dims * sizeof(T));
+      }
       std::memcpy(now[0] - linear, sum + dims, linear * sizeof(T));
       Cell::template step<T>(size - linear, sum + dims + linear, before, now);
     }
@@ -433,9 +438,10 @@ void forward_rows(
 
 template <typename T, typename Cell>
 void backward_rows(
-    int64_t begin, int64_t end, int64_t linear, int64_t first, int64_t count, int64_t chunk, const Panels<T>& to_hidden, const Panels<T>& to_u,
-    const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept, const std::vector<Sequence<T>>& grads,
-    const Sequence<T>& grad_u, const Sequence<T>& grad_sums, T* carry, T* carried, const std::optional<Encoding<T>>& encoding) {
+    int64_t begin, int64_t end, int64_t linear, int64_t first, int64_t count, int64_t chunk, const Panels<T>& to_hidden,
+    const Panels<T>& to_u, const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept,
+    const std::vector<Sequence<T>>& grads, const Sequence<T>& grad_u, const Sequence<T>& grad_sums, T* carry,
+    T* carried, const std::optional<Encoding<T>>& encoding) {
   const int64_t dims = grad_u.features, size = kept[0].features, width = grad_sums.features;
   const int64_t rows = end - begin, h_stride = padded(size), w_stride = padded(width), u_stride = padded(chunk * dims);
   std::vector<T> grad(rows * h_stride), wide(rows * w_stride), inputs(PANEL + rows * u_stride), rest(rows * h_stride);
@@ -488,8 +494,8 @@ void backward_rows(
     const int64_t column = (chunk - 1 - j) * dims, panel = column / PANEL;
     if (dims)
       product<T>(
-          rows, (chunk - 1) * dims - panel * PANEL, width, wide.data(), w_stride, Panels<T>(to_u.column(panel * PANEL), to_u.stride),
-          to_inputs - column % PANEL, u_stride);
+          rows, (chunk - 1) * dims - panel * PANEL, width, wide.data(), w_stride,
+          Panels<T>(to_u.column(panel * PANEL), to_u.stride), to_inputs - column % PANEL, u_stride);
   }
   for (int64_t r = 0; r < rows; ++r) std::memcpy(carry + (begin + r) * size, &grad[r * h_stride], size * sizeof(T));
 }
@@ -532,8 +538,8 @@ void with_type(const at::Tensor& tensor, const Function& function) {
 }
 
 void forward(
-    const std::string kind, int64_t linear, int64_t first, int64_t count, int64_t chunk, const at::Tensor& known, const at::Tensor& matrix,
-    at::TensorList states, at::TensorList kept, const at::Tensor& u, at::TensorList encoding,
+    const std::string kind, int64_t linear, int64_t first, int64_t count, int64_t chunk, const at::Tensor& known,
+    const at::Tensor& matrix, at::TensorList states, at::TensorList kept, const at::Tensor& u, at::TensorList encoding,
     const std::optional<at::Tensor>& mask, const std::string activation) {
   with_type(known, [&](auto scalar) {
     using T = decltype(scalar);
@@ -552,9 +558,10 @@ void forward(
 }
 
 void backward(
-    const std::string kind, int64_t linear, int64_t first, int64_t count, int64_t chunk, const at::Tensor& to_hidden, const at::Tensor& to_u,
-    at::TensorList states, at::TensorList kept, at::TensorList grads, const at::Tensor& grad_u, const at::Tensor& grad_sums, const at::Tensor& carry,
-    const at::Tensor& carried, at::TensorList encoding, const std::optional<at::Tensor>& mask, const std::string activation) {
+    const std::string kind, int64_t linear, int64_t first, int64_t count, int64_t chunk, const at::Tensor& to_hidden,
+    const at::Tensor& to_u, at::TensorList states, at::TensorList kept, at::TensorList grads, const at::Tensor& grad_u,
+    const at::Tensor& grad_sums, const at::Tensor& carry, const at::Tensor& carried, at::TensorList encoding,
+    const std::optional<at::Tensor>& mask, const std::string activation) {
   with_type(grad_sums, [&](auto scalar) {
     using T = decltype(scalar);
     with_cell(kind, [&](auto cell) {
@@ -955,17 +962,17 @@ TORCH_LIBRARY(lmu_hf, library) {
       "scan_forward(str kind, int linear, int first, int count, int chunk, Tensor known, Tensor matrix, Tensor[] states, "
       "Tensor(a!)[] kept, Tensor(b!) u, Tensor[] encoding, Tensor? mask, str activation) -> ()");
   library.def(
-      "scan_backward(str kind, int linear, int first, int count, int chunk, Tensor to_hidden, Tensor to_u, Tensor[] states, Tensor[] kept, "
-      "Tensor[] grads, Tensor grad_u, Tensor(a!) grad_sums, Tensor(b!) carry, Tensor(c!) carried, Tensor[] encoding, Tensor? mask, "
-      "str activation) -> ()");
+      "scan_backward(str kind, int linear, int first, int count, int chunk, Tensor to_hidden, Tensor to_u, Tensor[] states, "
+      "Tensor[] kept, Tensor[] grads, Tensor grad_u, Tensor(a!) grad_sums, Tensor(b!) carry, Tensor(c!) carried, "
+      "Tensor[] encoding, Tensor? mask, str activation) -> ()");
   // The chunks of a segment, L steps from `first` on: fold (D * N, C * W), starts (B, K, D * N), memory (B, D, N), which is
   // updated, and known (B, L, W); powers, A^C transposed (S, N, N), and responses (S, C, N) in panels.
   library.def(
       "feedback_forward(str kind, int first, Tensor(d!) known, Tensor fold, Tensor power, Tensor response, Tensor matrix, "
       "Tensor[] states, Tensor(a!)[] kept, Tensor(b!) u, Tensor(c!) starts, Tensor(e!) memory, Tensor[] encoding, Tensor? mask, "
       "str activation) -> ()");
-  // Its adjoint, with power A^C and response (S, N, C) in panels. `arrived` (B, K + 1, D * N) takes the gradients of the memory at
-  // the start of each of these K chunks; in its last place comes that of the memory after them.
+  // Its adjoint, with power A^C and response (S, N, C) in panels. `arrived` (B, K + 1, D * N) takes the gradients of the memory
+  // at the start of each of these K chunks; in its last place comes that of the memory after them.
   library.def(
       "feedback_backward(str kind, int first, Tensor fold, Tensor power, Tensor response, Tensor to_hidden, Tensor to_u, "
       "Tensor[] states, Tensor[] kept, Tensor[] grads, Tensor(a!) grad_u, Tensor(b!) grad_sums, Tensor(c!) carry, "

@@ -229,6 +229,49 @@ def test_merged(cell, connections, system, loop, monkeypatch):
             assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.detach().abs().max()))
 
 
+@pytest.mark.parametrize(
+    "options", [{"encoder_act": "tanh"}, {"dropout": 0.5}, {}, {"memory_to_memory": True, "dropout": 0.5}]
+)
+@pytest.mark.parametrize("algorithm", ["merged", "auto"])
+def test_half_precision_steps_of_a_layer_before(algorithm, options, loop):
+    layer = LMU(3, 2, 4, 9.0, "gru", 5, algorithm=algorithm, return_sequences=True, **options)
+    x = torch.randn(4, 9, 3)
+    torch.manual_seed(0)
+    expected = layer(x.bfloat16().float())
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layer(x.bfloat16())
+        # Called inside too, where what runs backwards must not round either.
+        found = torch.autograd.grad(output.float().sum(), list(layer.parameters()))
+    exact = torch.autograd.grad(expected.sum(), list(layer.parameters()))
+    assert (output.float() - expected).abs().max() < 0.02
+    for ours, theirs in zip(found, exact, strict=True):
+        assert (ours - theirs).abs().max() < 0.03 * max(1.0, float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("algorithm", ["merged", "lookahead"])
+def test_a_single_step(algorithm):
+    layer = LMU(3, 2, 4, 9.0, "gru", 5, algorithm=algorithm, hidden_to_memory=True, dtype=F64)
+    x = torch.randn(2, 9, 3, dtype=F64)
+    exact = layer(x)
+    layer.checkpoint_steps = 4  # the last segment is one step
+    assert (layer(x) - exact).abs().max() < 1e-12
+    assert layer.explain(2, 1).memory == algorithm
+    step = layer(x[:, :1])
+    layer.algorithm = "naive"
+    assert (layer(x[:, :1]) - step).abs().max() < 1e-12
+
+
+def test_an_infinite_hidden_state_stays_out_of_the_memory():
+    layer = LMU(1, 1, 4, 9.0, "rnn", 5, hidden_act="relu", return_state=True)
+    with torch.no_grad():
+        layer.cell.hidden_cell.weight_hh.copy_(1e9 * torch.eye(5))
+        layer.cell.hidden_cell.weight_ih.fill_(1.0)
+    output, state = layer(torch.rand(2, 50, 1))
+    assert not output.isfinite().all()
+    assert state.memory.isfinite().all()
+
+
 def test_merged_last_output_and_dropout():
     layer = LMU(3, 2, 4, 9.0, "lstm", 5, input_to_hidden=True, dropout=0.5, return_state=True, dtype=F64)
     x, lengths = torch.randn(4, 9, 3, dtype=F64), torch.tensor([9, 3, 0, 1])
