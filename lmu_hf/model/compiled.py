@@ -10,7 +10,7 @@ from torch import Tensor
 LARGEST_ORDER = 32
 SMALL_ORDER = 8
 
-# Columns of a panel, as in scan.cpp.
+# Columns of a panel, as in products.h.
 _PANEL = 16
 
 _load: Callable[[], bool] | None = None

@@ -21,6 +21,7 @@ from ..errors import first_line
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("scan.cpp")
+_SOURCES = (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))
 
 
 def load() -> bool:
@@ -62,12 +63,12 @@ def _flags() -> list[str]:
 
 
 def _library() -> Path:
-    """Where the built library belongs: one per source, torch version and kind of processor."""
+    """Where the built library belongs: one per state of the sources, torch version and kind of processor."""
     processor = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), processor)
-    parts = [_SOURCE.read_text(), torch.__version__, platform.machine(), processor, *_flags()]
+    parts = [*(source.read_text() for source in _SOURCES), torch.__version__, platform.machine(), processor, *_flags()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "lmu_hf" / f"scan-{key}.so"

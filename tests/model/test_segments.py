@@ -58,7 +58,7 @@ def saved_numbers(layer, x):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             held[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
-        return tensor
+        return tensor.detach()  # an output that its own graph holds would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         output = layer(x)

@@ -1,0 +1,112 @@
+// Thin products, on register blocks, with the matrix in cache.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <type_traits>
+
+namespace {
+
+constexpr int64_t PANEL = 16;
+
+#if defined(__AVX512F__)
+constexpr int64_t BYTES = 64, BLOCK = 24;  // of a vector; vectors of sums held in registers at a time
+#elif defined(__AVX__)
+constexpr int64_t BYTES = 32, BLOCK = 12;
+#else
+constexpr int64_t BYTES = 16, BLOCK = 12;
+#endif
+
+template <typename T>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float type __attribute__((vector_size(BYTES), aligned(4)));
+};
+template <>
+struct Vector<double> {
+  typedef double type __attribute__((vector_size(BYTES), aligned(8)));
+};
+
+// A matrix (inner, columns) cut into panels of PANEL columns, the last filled up with zeros, as a tensor (panels, inner, PANEL):
+// what a block of a product needs of it lies in one piece, or a few, whatever the width.
+template <typename T>
+struct Panels {
+  const T* data;
+  int64_t stride;  // from one panel to the next
+
+  Panels(const T* data, int64_t stride) : data(data), stride(stride) {}
+  explicit Panels(const at::Tensor& tensor) : Panels(tensor.data_ptr<T>(), tensor.size(1) * PANEL) {
+    TORCH_CHECK(tensor.is_contiguous() && tensor.size(2) == PANEL, "expected panels");
+  }
+  Panels from_row(int64_t row) const { return {data + row * PANEL, stride}; }
+  const T* column(int64_t column) const { return data + column / PANEL * stride + column % PANEL; }
+};
+
+// c (R, V vectors) += a (R, inner) @ b (inner, V vectors)
+template <typename T, int R, int V>
+__attribute__((noinline)) void block(
+    int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t panel, T* c, int64_t c_stride) {
+  using Vec = typename Vector<T>::type;
+  constexpr int64_t lanes = BYTES / sizeof(T);
+  Vec sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = *reinterpret_cast<const Vec*>(c + r * c_stride + v * lanes);
+  for (int64_t k = 0; k < inner; ++k) {
+    Vec row[V];
+    for (int v = 0; v < V; ++v)
+      row[v] = *reinterpret_cast<const Vec*>(b + k * PANEL + v * lanes / PANEL * panel + v * lanes % PANEL);
+    for (int r = 0; r < R; ++r) {
+      const T factor = a[r * a_stride + k];
+      for (int v = 0; v < V; ++v) sum[r][v] += factor * row[v];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) *reinterpret_cast<Vec*>(c + r * c_stride + v * lanes) = sum[r][v];
+}
+
+// Columns `done` to `width`; `done` is a multiple of V vectors.
+template <typename T, int R, int V>
+void columns(
+    int64_t done, int64_t width, int64_t inner, const T* a, int64_t a_stride, const Panels<T>& b, T* c, int64_t c_stride) {
+  constexpr int64_t lanes = BYTES / sizeof(T), span = V * lanes;
+  for (; done + span <= width; done += span)
+    block<T, R, V>(inner, a, a_stride, b.column(done), b.stride, c + done, c_stride);
+  if constexpr (V > 1) {
+    if (done < width) columns<T, R, V / 2>(done, width, inner, a, a_stride, b, c, c_stride);
+  } else if (done < width) {
+    // Reads and writes up to a vector past the width; every buffer here has room for that.
+    block<T, R, 1>(inner, a, a_stride, b.column(done), b.stride, c + done, c_stride);
+  }
+}
+
+// c (rows, width) += a (rows, inner) @ b (inner, width)
+template <typename T>
+void product(
+    int64_t rows, int64_t width, int64_t inner, const T* a, int64_t a_stride, const Panels<T>& b, T* c, int64_t c_stride) {
+  if (inner == 0 || width == 0) return;
+  const auto take = [&](auto count) {
+    constexpr int R = decltype(count)::value, most = std::min<int64_t>(BLOCK / R, 8);
+    constexpr int V = most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+    columns<T, R, V>(0, width, inner, a, a_stride, b, c, c_stride);
+    a += R * a_stride, c += R * c_stride, rows -= R;
+  };
+  while (rows > 0) {
+    // As many rows at a time as share each vector of b from registers, and no single row left over where it can be helped.
+    if (rows >= 6 && rows != 7 && rows != 8 && rows != 11)
+      take(std::integral_constant<int, 6>());
+    else if (rows >= 4 && rows != 5)
+      take(std::integral_constant<int, 4>());
+    else if (rows >= 3)
+      take(std::integral_constant<int, 3>());
+    else if (rows == 2)
+      take(std::integral_constant<int, 2>());
+    else
+      take(std::integral_constant<int, 1>());
+  }
+}
+
+// The stride of rows into which products write: whole vectors, and no power of two, which would share few lines of the cache.
+int64_t padded(int64_t size) { return (size + PANEL - 1) / PANEL * PANEL + PANEL; }
+}  // namespace
