@@ -87,8 +87,8 @@ def test_chunks_of_one_step(cell, connections, loop, monkeypatch):
     test_equals_naive(cell, connections, "scales", 1, loop, monkeypatch)
 
 
-@pytest.mark.parametrize("chunk", [4, 7])
-@pytest.mark.parametrize("system", SYSTEMS)
+# One of the lengths below is whole chunks of 4, none of 7.
+@pytest.mark.parametrize(("system", "chunk"), [("one", 7), ("scales", 4), ("trained", 7)])
 @pytest.mark.parametrize("connections", CONNECTIONS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_equals_naive(cell, connections, system, chunk, loop, monkeypatch):
@@ -213,7 +213,8 @@ MERGED = {**CONNECTIONS, "uncoupled": {}, "i2h": {"input_to_hidden": True, "use_
 
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("connections", MERGED)
-@pytest.mark.parametrize("cell", CELLS)
+# torch's own cells differ in their weights only.
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if not cell.startswith("torch") or cell == "torch_gru"])
 def test_merged(cell, connections, system, loop, monkeypatch):
     if cell in ("dense", "torch_linear") and not MERGED[connections].get("hidden_to_memory"):
         pytest.skip("nothing goes step by step")
