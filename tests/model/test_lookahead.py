@@ -68,7 +68,7 @@ def take(monkeypatch, chunk, memory="lookahead"):
 
 
 def everything(layer, x, lengths):
-    """Output, states, and the gradients of x, of the initial state and of all weights."""
+    """Output, states, and the gradients of x, of the initial state and of all weights; always with the same dropout."""
     torch.manual_seed(1)
     x = x.clone().requires_grad_()
     zeros = layer.cell.initial_state(x).tensors()
@@ -79,6 +79,22 @@ def everything(layer, x, lengths):
     # A state that a path does not depend on has no gradient there and a zero one elsewhere.
     inputs = [x, *start, *layer.parameters()]
     return results, torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+
+
+def assert_equals_naive(layer, algorithm, cases, *, of_results=1e-11):
+    """Compares everything for some numbers of steps, each with the lengths of its rows or None."""
+    for steps, lengths in cases.items():
+        x = torch.randn(4, steps, 3, dtype=F64)
+        lengths = None if lengths is None else torch.tensor(lengths)
+        layer.algorithm = algorithm
+        results, gradients = everything(layer, x, lengths)
+        layer.algorithm = "naive"
+        naive_results, naive_gradients = everything(layer, x, lengths)
+        # A linear cell without squashing may grow to 1e3 in 23 steps: relative to that.
+        for ours, naive in zip(results, naive_results, strict=True):
+            assert (ours - naive).abs().max() < of_results * max(1.0, float(naive.detach().abs().max()))
+        for ours, naive in zip(gradients, naive_gradients, strict=True):
+            assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.abs().max()))
 
 
 @pytest.mark.parametrize("connections", CONNECTIONS)
@@ -94,17 +110,7 @@ def test_chunks_of_one_step(cell, connections, loop, monkeypatch):
 def test_equals_naive(cell, connections, system, chunk, loop, monkeypatch):
     take(monkeypatch, chunk)
     layer = build(cell, connections, system)
-    for steps, lengths in ((2, None), (16, None), (23, torch.tensor([23, 7, 8, 0]))):
-        x = torch.randn(4, steps, 3, dtype=F64)
-        layer.algorithm = "lookahead"
-        results, gradients = everything(layer, x, lengths)
-        layer.algorithm = "naive"
-        naive_results, naive_gradients = everything(layer, x, lengths)
-        for ours, naive in zip(results, naive_results, strict=True):
-            # A linear cell without squashing may grow to 1e3 in 23 steps: relative to that.
-            assert (ours - naive).abs().max() < 1e-12 * max(1.0, float(naive.detach().abs().max()))
-        for ours, naive in zip(gradients, naive_gradients, strict=True):
-            assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.abs().max()))
+    assert_equals_naive(layer, "lookahead", {2: None, 16: None, 23: [23, 7, 8, 0]}, of_results=1e-12)
 
 
 ENCODINGS = {
@@ -123,14 +129,7 @@ def test_encodings(cell, connections, system, encoding, loop, monkeypatch):
     take(monkeypatch, 4)
     monkeypatch.setitem(CONNECTIONS, "encoded", {**CONNECTIONS[connections], **ENCODINGS[encoding]})
     layer = build(cell, "encoded", system)
-    for steps, lengths in ((2, None), (8, None), (23, torch.tensor([23, 7, 8, 0]))):
-        x = torch.randn(4, steps, 3, dtype=F64)
-        layer.algorithm = "lookahead"
-        results, gradients = everything(layer, x, lengths)  # sets the seed of the dropout
-        layer.algorithm = "naive"
-        naive_results, naive_gradients = everything(layer, x, lengths)
-        for ours, naive in zip([*results, *gradients], [*naive_results, *naive_gradients], strict=True):
-            assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.detach().abs().max()))
+    assert_equals_naive(layer, "lookahead", {2: None, 8: None, 23: [23, 7, 8, 0]})
 
 
 def test_order_256_in_float32():
@@ -216,18 +215,11 @@ MERGED = {**CONNECTIONS, "uncoupled": {}, "i2h": {"input_to_hidden": True, "use_
 # torch's own cells differ in their weights only.
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if not cell.startswith("torch") or cell == "torch_gru"])
 def test_merged(cell, connections, system, loop, monkeypatch):
-    if cell in ("dense", "torch_linear") and not MERGED[connections].get("hidden_to_memory"):
+    if cell == "dense" and not MERGED[connections].get("hidden_to_memory"):
         pytest.skip("nothing goes step by step")
     monkeypatch.setitem(CONNECTIONS, connections, MERGED[connections])
     layer = build(cell, connections, system)
-    for steps, lengths in ((2, None), (16, None), (23, torch.tensor([23, 7, 8, 0]))):
-        x = torch.randn(4, steps, 3, dtype=F64)
-        layer.algorithm = "merged"
-        results, gradients = everything(layer, x, lengths)
-        layer.algorithm = "naive"
-        naive_results, naive_gradients = everything(layer, x, lengths)
-        for ours, naive in zip([*results, *gradients], [*naive_results, *naive_gradients], strict=True):
-            assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.detach().abs().max()))
+    assert_equals_naive(layer, "merged", {2: None, 16: None, 23: [23, 7, 8, 0]})
 
 
 @pytest.mark.parametrize(
@@ -293,14 +285,7 @@ def test_uncoupled(cell, system, input_to_hidden, folds, loop, monkeypatch):
     take(monkeypatch, 16, "folded" if folds else "written")
     monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": input_to_hidden})
     layer = build(cell, "none", system)
-    for steps, lengths in ((2, None), (16, None), (39, torch.tensor([39, 16, 17, 0]))):
-        x = torch.randn(4, steps, 3, dtype=F64)
-        layer.algorithm = "auto"
-        results, gradients = everything(layer, x, lengths)
-        layer.algorithm = "naive"
-        naive_results, naive_gradients = everything(layer, x, lengths)
-        for ours, naive in zip([*results, *gradients], [*naive_results, *naive_gradients], strict=True):
-            assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.detach().abs().max()))
+    assert_equals_naive(layer, "auto", {2: None, 16: None, 39: [39, 16, 17, 0]})
 
 
 def test_no_graph_is_kept_alive():
