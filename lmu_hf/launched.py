@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from .errors import InputError
@@ -55,6 +57,24 @@ def connect(use_cpu: bool = False) -> None:
 
         # Told nothing on a machine without accelerator, accelerate would leave each process by itself.
         PartialState(cpu=on_cpus(use_cpu))
+
+
+@contextmanager
+def connected(use_cpu: bool = False) -> Iterator[None]:
+    """The processes of a launcher, connected until they are done with what they do together; see :func:`connect`."""
+    connect(use_cpu)
+    if processes() == 1:
+        yield
+        return
+    import torch
+
+    # Whoever lets go of a group on CPUs last waits for its threads, one of which may be waiting for the GIL to free a tensor. The
+    # model's DDP wrapper would hold the GIL meanwhile, and hang now and then; a reference from Python does not.
+    last = torch.distributed.group.WORLD
+    try:
+        yield
+    finally:
+        del last
 
 
 def of_the_first(value: Any) -> Any:

@@ -21,7 +21,7 @@ from .evaluation import EVAL_BATCH, eval_batch, load_model, task_of, verify_in_f
 from .experiment import Experiment
 from .finetune import Base
 from .kinds import GREATER_IS_BETTER, KINDS, TrainerMetrics, WeightedCrossEntropy, score
-from .launched import connect, is_first, on_cpus, processes
+from .launched import connected, is_first, on_cpus, processes
 from .model.processing_lmu import LMUImageProcessor
 from .plots import MAX_CLASSES, draw
 from .record import best_epoch, hardware, history, versions
@@ -73,7 +73,6 @@ def train(
     Raises:
         InputError: the folder is in use, or configuration or data are wrong.
     """
-    connect(experiment.training.get("use_cpu", False))
     described = experiment.to_dict()
     for name in _TO_WATCH:
         described["training"].pop(name, None)
@@ -83,7 +82,8 @@ def train(
         "model": base_model,
         "processes": processes(),
     }
-    with running.claim(output_dir or running.free_output_dir(experiment.name), record) as run:
+    together = connected(experiment.training.get("use_cpu", False))
+    with together, running.claim(output_dir or running.free_output_dir(experiment.name), record) as run:
         if run.result is None:
             return _train(experiment, run, data, base_model, progress)
         run.finish()
