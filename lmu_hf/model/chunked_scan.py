@@ -11,21 +11,19 @@ step's sums: D + G if u is computed in the loop, otherwise G.
 
 import math
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .compiled import SMALL_ORDER, available
-from .feedback import advance
 from .folding import ChunkOperators
-from .gates import allocate_for
+from .gates import Pointwise
 from .memory import fold_rows, fold_state, unfold_rows, unfold_state
 from .precision import full_float32
-from .scan import Encoding, scan_class
-
-State = tuple[Tensor, ...]
+from .scan import scan_class
+from .time_loop import Encoding, State, TimeLoop, advance
 
 # A segment has about this many rows, chunks times batch, for its products to run at full speed, but no more numbers in its
 # largest part than stay in the cache.
@@ -37,7 +35,7 @@ _NUMBERS_CUDA = 1 << 24
 
 
 def chunked_scan(
-    kind: str,
+    cell: Pointwise,
     given: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -47,15 +45,14 @@ def chunked_scan(
     states: State,
     steps: int,
     *,
-    half: bool = False,
-    linear: int = 0,
     activation: str = "linear",
-    mask: Tensor | None = None,
+    half: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, State]:
     """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
 
     Args:
-        kind: the pointwise step of the hidden cell, a key of ``GATES``.
+        cell: what a step makes of its sums. With ``linear`` numbers of memory the recurrence has none beside them; the sums then
+            begin with the next m, and W counts them.
         given: inputs of all steps (B, T, I), or None.
         weight: inputs -> their part of the sums (I, W). None if ``given`` is that part itself, for a recurrence without memory.
         bias: (W,) or None.
@@ -64,20 +61,26 @@ def chunked_scan(
         operators: the matrices of a chunk.
         states: hidden state tensors before the first step, (B, H) each.
         steps: T.
-        half: what multiplies h may be rounded to bfloat16 where that is faster, which is on CUDA. States and sums never are.
-        linear: of a recurrence without memory beside it, whose first state is [m, h]: how many numbers m has. The sums begin with
-            the next m, and W counts them.
         activation: of u, with ``operators.encoder``; a key of ``GATES``.
-        mask: what multiplies h on its way to u (B, H), with ``operators.encoder``; has no gradient.
+        half: what multiplies h may be rounded to bfloat16 where that is faster, which is on CUDA. States and sums never are.
 
     Returns:
         u (B, K * C, D), zero past T, where it is computed here; the memory at the start of each chunk (B, K, D * N), where there
-        is one; and each state tensor after every step (B, T, H). With ``linear``, h alone comes once more after them, so that its
-        gradient need not be filled up to that of [m, h].
+        is one; and each state tensor after every step (B, T, H). Where the first is [m, h], h alone comes once more after them,
+        so that its gradient need not be filled up to that of [m, h].
     """
     inputs = (given, weight, bias, u, memory, *operators, *states)
-    u, starts, *sequences = _ChunkedScan.apply(kind, steps, half, linear, activation, mask, *inputs)
+    u, starts, *sequences = _ChunkedScan.apply(_Settings(cell, steps, activation, half), *inputs)
     return u, starts, tuple(sequences)
+
+
+class _Settings(NamedTuple):
+    """What is no tensor; see :func:`chunked_scan`."""
+
+    cell: Pointwise
+    steps: int
+    activation: str
+    half: bool
 
 
 _OPERATORS = len(ChunkOperators._fields)
@@ -126,12 +129,7 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kind: str,
-        steps: int,
-        half: bool,
-        linear: int,
-        activation: str,
-        mask: Tensor | None,
+        settings: _Settings,
         given: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -141,18 +139,18 @@ class _ChunkedScan(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         operators, states = ChunkOperators(*tensors[:_OPERATORS]), tensors[_OPERATORS:]
         step, fold = tensors[0], tensors[3]
-        batch, width = states[0].shape[0], step.shape[1]
+        batch, width, steps, linear = states[0].shape[0], step.shape[1], settings.steps, settings.cell.linear
         sizes = _Sizes(batch, steps, memory, operators)
         dims, chunk, total = sizes.dims, sizes.chunk, sizes.total
-        kept = allocate_for(kind, linear, states, steps)
+        kept = settings.cell.allocate(states, steps)
         starts: Any = None if memory is None else step.new_empty(batch, sizes.chunks, memory[0].numel())
         feedback = memory is not None and u is None
         if u is None:
             u = step.new_empty(batch, total, dims)
             u[:, steps:] = 0
-        ctx.kind, ctx.half, ctx.linear, ctx.activation = kind, half, linear, activation
-        ctx.sizes, ctx.states, ctx.feedback, ctx.device_type = sizes, len(states), feedback, step.device.type
-        scan = _make_scan(ctx, operators, mask, u, states, kept)
+        ctx.settings, ctx.sizes, ctx.states, ctx.feedback = settings, sizes, len(states), feedback
+        ctx.device_type = step.device.type
+        scan = _make_scan(ctx, operators, u, states, kept)
         nothing = step.new_empty(batch, steps, 0)
         scratch = _Scratch(step)
         for first, length in sizes.segments():
@@ -175,7 +173,7 @@ class _ChunkedScan(torch.autograd.Function):
                     memories = _write(of_chunks, u_of_chunks, operators, scratch)
                     known.view(-1, width).addmm_(memories, operators.read)
             scan.forward(first, min(length, steps - first), known, nothing)
-        saved = (mask, given, weight, bias, u, starts, *operators, *states, *kept)
+        saved = (given, weight, bias, u, starts, *operators, *states, *kept)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         alone = (kept[0][..., linear:].clone(memory_format=torch.contiguous_format),) if linear else ()
@@ -192,19 +190,19 @@ class _ChunkedScan(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx: Any, grad_u: Tensor | None, grad_starts: Tensor | None, *grad_sequences: Tensor | None) -> tuple:
-        mask, given, weight, bias, u, starts, *rest = ctx.saved_tensors
+        given, weight, bias, u, starts, *rest = ctx.saved_tensors
         operators, tensors, rest = ChunkOperators(*rest[:_OPERATORS]), rest[:_OPERATORS], rest[_OPERATORS:]
         states, kept = tuple(rest[: ctx.states]), tuple(rest[ctx.states :])
         sizes, feedback = ctx.sizes, ctx.feedback
         dims, chunk, steps = sizes.dims, sizes.chunk, sizes.steps
         step, power, _, fold, from_u, _, read, *_ = tensors
         needed = dict(
-            zip(("given", "weight", "bias", "u", "memory", *operators._fields), ctx.needs_input_grad[6:], strict=False)
+            zip(("given", "weight", "bias", "u", "memory", *operators._fields), ctx.needs_input_grad[1:], strict=False)
         )
         batch, width = states[0].shape[0], step.shape[1]
 
-        scan = _make_scan(ctx, operators, mask, u, states, kept)
-        scan.start_backward(_arriving(grad_sequences, kept[: ctx.states], ctx.linear))
+        scan = _make_scan(ctx, operators, u, states, kept)
+        scan.start_backward(_arriving(grad_sequences, kept[: ctx.states], ctx.settings.cell.linear))
         grad_given = torch.empty_like(given) if needed["given"] else None
         weights = {"weight": weight, "bias": bias, **operators._asdict()}
         grads = {name: torch.zeros_like(tensor) for name, tensor in weights.items() if needed[name]}
@@ -261,7 +259,7 @@ class _ChunkedScan(torch.autograd.Function):
                 if "step" in grads:
                     _add_step_gradient(grads["step"], flat, u[:, segment] if feedback else None, before, chunk)
                 if "encoder" in grads:
-                    seen = before if mask is None else before * mask[:, None]
+                    seen = before if operators.mask is None else before * operators.mask[:, None]
                     grads["encoder"].addmm_(seen.flatten(0, 1).mT, flat[:, :dims])
             if "direct" in grads:
                 grads["direct"].addmm_(u[:, segment].flatten(0, 1).mT, flat[:, dims:])
@@ -273,7 +271,7 @@ class _ChunkedScan(torch.autograd.Function):
                 count = min(length, steps - first)
                 grad_given[:, first : first + count] = (grad if weight is None else grad @ weight.mT)[:, :count]
         return (
-            *(None,) * 6,
+            None,
             grad_given,
             grads.get("weight"),
             grads.get("bias"),
@@ -284,13 +282,15 @@ class _ChunkedScan(torch.autograd.Function):
         )
 
 
-def _make_scan(ctx: Any, operators: ChunkOperators, mask: Tensor | None, u: Tensor, states: State, kept: State) -> Any:
-    options: dict[str, Any] = {"linear": ctx.linear} if ctx.linear else {}
+def _make_scan(ctx: Any, operators: ChunkOperators, u: Tensor, states: State, kept: State) -> TimeLoop:
+    settings: _Settings = ctx.settings
+    encoding = None
     if operators.encoder is not None and operators.direct is not None:
-        options["encoding"] = Encoding(operators.encoder, operators.direct, mask, ctx.activation, u)
+        encoding = Encoding(operators.encoder, operators.direct, operators.mask, settings.activation, u)
+    made = scan_class(operators.step, special=settings.cell.linear > 0 or encoding is not None)
     dims = ctx.sizes.dims if ctx.feedback else 0
-    made = scan_class(operators.step, ctx.half, special=bool(options))
-    return made(ctx.kind, operators.step, ctx.sizes.chunk, dims, states, kept, **options)
+    arguments = (settings.cell, operators.step, ctx.sizes.chunk, dims, states, kept)
+    return made(*arguments, encoding=encoding, half=settings.half)
 
 
 def _arriving(grads: tuple[Tensor | None, ...], sequences: State, linear: int) -> State:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .legendre import DelaySystem
@@ -37,7 +38,8 @@ class ChunkOperators(NamedTuple):
         read: memory after a step -> its part of the sums of the step (D * N, W).
         encoder: h -> u (H, D), where u is no linear function of h, or not the same one in each row. ``step`` then has zeros in
             its place, and neither it nor ``fold`` knows what the u of a step contributes to its own gates, which is ``direct``.
-        direct: u -> the gates of its own step (D, G).
+        direct: u -> the gates of its own step (D, G), beside ``encoder``.
+        mask: what multiplies h on its way to u (B, H), beside ``encoder`` or None; has no gradient.
     """
 
     step: Tensor
@@ -49,6 +51,7 @@ class ChunkOperators(NamedTuple):
     read: Tensor | None = None
     encoder: Tensor | None = None
     direct: Tensor | None = None
+    mask: Tensor | None = None
 
     @property
     def chunk(self) -> int:
@@ -137,6 +140,23 @@ def encoder_matrix(cell: LMUCell, like: Tensor) -> Tensor:
     if cell.kernel is None:
         return torch.eye(cell.encoder_size, dtype=like.dtype, device=like.device)
     return cell.kernel.to(like.dtype)
+
+
+def input_matrices(cell: LMUCell, input_weight: Tensor, encoder: Tensor, *, apart: bool) -> tuple[Tensor, Tensor]:
+    """What comes in -> u, and -> the gates other than through u: (R, D) and (R, G).
+
+    Args:
+        cell: the cell.
+        input_weight: [m, x] -> gates (D * N + I, G), or without the rows of x.
+        encoder: the first rows that come in -> u.
+        apart: x itself comes in behind them, where it goes to the gates, because they are something else. Otherwise they are x.
+    """
+    of_input = input_weight[cell.memory_d * cell.order :]
+    if not len(of_input):
+        return encoder, input_weight.new_zeros(len(encoder), input_weight.shape[1])
+    if not apart:
+        return encoder, of_input
+    return F.pad(encoder, (0, 0, 0, len(of_input))), F.pad(of_input, (0, 0, len(encoder), 0))
 
 
 def input_operators(memory_weight: Tensor, system: DelaySystem, memory_d: int, chunk: int) -> tuple[Tensor, Tensor]:

@@ -91,20 +91,17 @@ class Gates:
 
     Args:
         states: hidden state tensors before the first step, each (B, H); the first is the output.
-        kept: what :meth:`allocate` made and the steps have filled.
+        kept: what :meth:`Pointwise.allocate` made and the steps have filled.
+
+    Attributes:
+        keeps: what a step keeps beside its output, in multiples of H; first one for each further state.
     """
 
-    width = 1
+    keeps: tuple[int, ...] = ()
 
     def __init__(self, states: tuple[Tensor, ...], kept: tuple[Tensor, ...]):
         self.states = states
         self.hidden = kept[0]
-
-    @classmethod
-    def allocate(cls, states: tuple[Tensor, ...], steps: int) -> tuple[Tensor, ...]:
-        """Room for what a run of ``steps`` steps keeps: first one (B, T, H) per state. Not initialised."""
-        batch, size = states[0].shape
-        return (states[0].new_empty(batch, steps, size),)
 
     def step(self, t: int, gates: Tensor) -> Tensor:
         """Computes and keeps the output (B, H) of step ``t`` from its gates (B, G)."""
@@ -185,7 +182,7 @@ class _Linear(Gates):
 class _LSTM(Gates):
     """c' = s(f) c + s(i) tanh(g), h' = s(o) tanh(c'); gates i, f, g, o."""
 
-    width = 4
+    keeps = (1, 4)  # c, and the gates
 
     def __init__(self, states: tuple[Tensor, ...], kept: tuple[Tensor, ...]):
         super().__init__(states, kept)
@@ -193,12 +190,6 @@ class _LSTM(Gates):
         self.cell, self.gates = kept[1:]
         self.grad_cell: Tensor | None = None
         self.grad_cells: Tensor | None = None
-
-    @classmethod
-    def allocate(cls, states: tuple[Tensor, ...], steps: int) -> tuple[Tensor, ...]:
-        batch, size = states[0].shape
-        cell = states[0].new_empty(batch, steps, size)
-        return (*super().allocate(states, steps), cell, cell.new_empty(batch, steps, 4 * size))
 
     def step(self, t: int, gates: Tensor) -> Tensor:
         size, kept = self.size, self.gates[:, t]
@@ -241,17 +232,12 @@ class _LSTM(Gates):
 class _GRU(Gates):
     """n = tanh(x_n + s(r) h_n), h' = n + s(z) (h - n); gates r, z, x_n, h_n."""
 
-    width = 4
+    keeps = (4,)  # r, z, n and h_n
 
     def __init__(self, states: tuple[Tensor, ...], kept: tuple[Tensor, ...]):
         super().__init__(states, kept)
         self.size = states[0].shape[1]
-        self.gates = kept[1]  # r, z, n and h_n of every step
-
-    @classmethod
-    def allocate(cls, states: tuple[Tensor, ...], steps: int) -> tuple[Tensor, ...]:
-        (hidden,) = super().allocate(states, steps)
-        return hidden, hidden.new_empty(*hidden.shape[:2], 4 * hidden.shape[2])
+        self.gates = kept[1]
 
     def _previous(self, t: int) -> Tensor:
         return self.states[0] if t == 0 else self.hidden[:, t - 1]
@@ -292,8 +278,11 @@ GATES: dict[str, type[Gates]] = {
 # Functions of one gate.
 SIMPLE = ("tanh", "sigmoid", "relu", "linear")
 
+# Those whose values have no bound. A cell of these can become infinite.
+UNBOUNDED = ("relu", "linear")
 
-class MemoryAndGates(Gates):
+
+class _MemoryAndGates(Gates):
     """The step of a cell whose first state is [m, h]: the first ``linear`` sums are the memory m itself, the others its gates."""
 
     def __init__(self, kind: str, linear: int, states: tuple[Tensor, ...], kept: tuple[Tensor, ...]):
@@ -319,12 +308,27 @@ class MemoryAndGates(Gates):
         self.gates.load_gradients((grads[0][..., self.linear :], *grads[1:]))
 
 
-def make_gates(kind: str, linear: int, states: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Gates:
-    """The step of a cell of this kind, behind ``linear`` numbers of memory."""
-    return MemoryAndGates(kind, linear, states, kept) if linear else GATES[kind](states, kept)
+class Pointwise(NamedTuple):
+    """What a step makes of its sums: the pointwise part of a cell, behind numbers that pass as they are.
 
+    Attributes:
+        kind: a key of ``GATES``.
+        linear: how many of the sums, and of the first state, come first and are memory, which no cell squashes: that state is
+            [m, h].
+    """
 
-def allocate_for(kind: str, linear: int, states: tuple[Tensor, ...], steps: int) -> tuple[Tensor, ...]:
-    """:meth:`Gates.allocate` for such a step."""
-    kept = GATES[kind].allocate((states[0][:, linear:], *states[1:]), steps)
-    return (states[0].new_empty(len(states[0]), steps, states[0].shape[1]), *kept[1:]) if linear else kept
+    kind: str
+    linear: int = 0
+
+    def allocate(self, states: tuple[Tensor, ...], steps: int) -> tuple[Tensor, ...]:
+        """Room for what a run of ``steps`` steps keeps: first one (B, T, features) per state. Not initialised."""
+        first = states[0]
+        batch, size = first.shape
+        further = [multiple * (size - self.linear) for multiple in GATES[self.kind].keeps]
+        return tuple(first.new_empty(batch, steps, features) for features in (size, *further))
+
+    def gates(self, states: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Gates:
+        """The steps of a run from ``states`` on; ``kept`` is what :meth:`allocate` made."""
+        if self.linear:
+            return _MemoryAndGates(self.kind, self.linear, states, kept)
+        return GATES[self.kind](states, kept)

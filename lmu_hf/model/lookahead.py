@@ -19,7 +19,7 @@ advance the memory by a chunk.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from .chunked_scan import chunked_scan
 from .costs import Recurrence, lookahead_chunk
-from .folding import ChunkOperators, encoder_matrix, feedback_operators, final_memory, input_operators
-from .gates import GateWeights
+from .folding import ChunkOperators, encoder_matrix, feedback_operators, final_memory, input_matrices, input_operators
+from .gates import GateWeights, Pointwise
 from .legendre import DelaySystem
 from .memory import measured
 from .ragged import blank, last_valid, where_started
@@ -111,7 +111,7 @@ def uncoupled_recurrence(
         given: tuple[Tensor | None, Tensor | None] = (x.to(dtype), of_input) if cell.input_to_hidden else (None, None)
         hidden = tuple(part.to(dtype) for part in state.hidden)
         memory = state.memory.to(dtype)
-        _, starts, sequences = chunked_scan(kind, *given, bias, u, memory, operators, hidden, steps, half=half)
+        _, starts, sequences = chunked_scan(Pointwise(kind), *given, bias, u, memory, operators, hidden, steps, half=half)
         assert starts is not None
         memory = final_memory(u, starts, system, steps, lengths)
     output, hidden = _finish(sequences, state.hidden, lengths, return_sequence)
@@ -143,7 +143,7 @@ def gated_scan(
         hidden = tuple(part.to(dtype) for part in state)
         operators = ChunkOperators(hidden_weight)
         inputs = (base.to(dtype), None, None, None, None)
-        *_, sequences = chunked_scan(weights.kind, *inputs, operators, hidden, base.shape[1], half=half)
+        *_, sequences = chunked_scan(Pointwise(weights.kind), *inputs, operators, hidden, base.shape[1], half=half)
     output, final = _finish(sequences, state, lengths, return_sequence)
     return output.to(state[0].dtype), final
 
@@ -168,35 +168,31 @@ def _run(
     fold, step, direct, encoder = feedback_operators(cell, input_weight, hidden_weight, system, chunk, u_first=u_first)
 
     # What the inputs contribute, in one product: x -> u, and x -> gates, directly and through u.
-    to_u = encoder_matrix(cell, input_weight)[: cell.input_size]
-    to_gates = torch.zeros_like(to_u @ direct) if u_first else to_u @ direct
-    if cell.input_to_hidden and input_weight.shape[1]:
-        to_gates = to_gates + input_weight[cell.memory_d * cell.order :]
-    constant = None
-    if cell.bias is not None or bias is not None:
-        u_bias = to_u.new_zeros(cell.memory_d) if cell.bias is None else cell.bias.to(dtype)
-        gate_bias = torch.zeros_like(to_gates[0]) if u_first else u_bias @ direct
-        constant = torch.cat([u_bias, gate_bias if bias is None else gate_bias + bias])
-    x, weight, mask = x.to(dtype), torch.cat([to_u, to_gates], dim=1), None
+    x, mask = x.to(dtype), None
+    # What goes straight to the gates is not dropped.
+    apart = dropout.encoder is not None and bool(cell.hidden_to_memory and cell.input_to_hidden)
     if dropout.encoder is not None:
         dropped = x * dropout.encoder[:, None, : cell.input_size].to(dtype)
-        if u_first and cell.input_to_hidden:
-            # What goes straight to the gates is not dropped.
-            x = torch.cat([dropped, x], dim=2)
-            weight = torch.cat([F.pad(to_u, (0, to_gates.shape[1])), F.pad(to_gates, (to_u.shape[1], 0))])
-        else:
-            x = dropped
+        x = torch.cat([dropped, x], dim=2) if apart else dropped
         if cell.hidden_to_memory:
             mask = dropout.encoder[:, cell.input_size :].to(dtype).contiguous()
+    to_u, to_gates = input_matrices(cell, input_weight, encoder_matrix(cell, input_weight)[: cell.input_size], apart=apart)
+    if not u_first:
+        to_gates = to_gates + to_u @ direct
+    constant = None
+    if cell.bias is not None or bias is not None:
+        of_u = to_u.new_zeros(cell.memory_d) if cell.bias is None else cell.bias.to(dtype)
+        of_gates = torch.zeros_like(direct[0]) if u_first else of_u @ direct
+        constant = torch.cat([of_u, of_gates if bias is None else of_gates + bias])
+    weight = torch.cat([to_u, to_gates], dim=1)
     power = system.power(chunk, dtype, x.device)
     response = system.impulse_response(chunk, dtype, x.device).flip(1)
     operators = ChunkOperators(step, power, response, fold)
     if u_first:
-        operators = operators._replace(encoder=encoder, direct=direct)
+        operators = operators._replace(encoder=encoder, direct=direct, mask=mask)
     hidden = tuple(part.to(dtype) for part in hidden)
     start = (None, memory.to(dtype), operators, hidden, steps)
-    options: Any = {"activation": cell.encoder_act, "mask": mask, "half": half}
-    u, starts, sequences = chunked_scan(kind, x, weight, constant, *start, **options)
+    u, starts, sequences = chunked_scan(Pointwise(kind), x, weight, constant, *start, activation=cell.encoder_act, half=half)
     assert u is not None
     assert starts is not None
     return u, starts, sequences

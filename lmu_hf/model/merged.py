@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .chunked_scan import chunked_scan
-from .folding import ChunkOperators, encoder_matrix
-from .gates import GateWeights
+from .folding import ChunkOperators, encoder_matrix, input_matrices
+from .gates import GateWeights, Pointwise
 from .legendre import DelaySystem
 from .precision import exact_matmul
 from .ragged import blank, last_valid, where_started
@@ -59,9 +59,9 @@ def merged_recurrence(
         recurrent, of_input, bias = merged_operators(cell, weights.to(dtype), system, known=known)
         start = torch.cat([state.memory.to(dtype).flatten(1), state.hidden[0].to(dtype)], dim=1)
         states = (start, *(part.to(dtype) for part in state.hidden[1:]))
-        operators = ChunkOperators(recurrent)
+        operators, cells = ChunkOperators(recurrent), Pointwise(weights.kind, linear)
         inputs = (given.to(dtype), of_input, bias, None, None)
-        _, _, (*sequences, hidden) = chunked_scan(weights.kind, *inputs, operators, states, x.shape[1], linear=linear)
+        _, _, (*sequences, hidden) = chunked_scan(cells, *inputs, operators, states, x.shape[1])
     last = tuple(last_valid(sequence, lengths) for sequence in sequences)
     output = blank(hidden, lengths) if return_sequence else last[0][:, linear:].clone(memory_format=torch.contiguous_format)
     final = [where_started(new, old, lengths) for new, old in zip(last, states, strict=True)]
@@ -88,40 +88,28 @@ def merged_operators(
     _, input_weight, hidden_weight, bias = weights
     dims, linear, size = cell.memory_d, cell.memory_d * cell.order, cell.state_sizes[0]
     A, B = system.matrices(input_weight.dtype, input_weight.device)
-    of_memory, of_input = input_weight.tensor_split([linear])
     identity = torch.eye(dims, dtype=A.dtype, device=A.device)
 
-    def zeros(rows: int, like: Tensor) -> Tensor:
-        return like.new_zeros(rows, like.shape[1])
-
-    def to_memory(rows: Tensor) -> Tensor:
-        """What contributes to u (R, D) -> (R, D * N)."""
-        return (rows.to(A.dtype)[:, :, None] * B).flatten(1)
+    def to_memory(to_u: Tensor) -> Tensor:
+        """What contributes to u (R, D) -> what it gives to m' (R, D * N)."""
+        return (to_u.to(A.dtype)[:, :, None] * B).flatten(1)
 
     within = identity[:, None, :, None] * A.mT.expand(dims, -1, -1)[:, :, None]  # (D, N, D, N)
     within = within.flatten(2).flatten(0, 1)
     if cell.recurrent_kernel is not None:
         within = within + to_memory(cell.recurrent_kernel)
-    encoder = identity if known else encoder_matrix(cell, input_weight)
-    from_x, from_h = encoder.tensor_split([dims if known else cell.input_size])
-    # Rows [m, h, what comes in, 1]: what they give to m', and to the gates other than through m'.
-    memory = [within, to_memory(from_h) if cell.hidden_to_memory else zeros(size, within), to_memory(from_x)]
-    gates = [zeros(linear, of_memory), zeros(size, of_memory) if hidden_weight is None else hidden_weight]
-    if known:
-        gates.append(zeros(dims, of_memory))
-    if cell.input_to_hidden:
-        gates.append(of_input)
-        if known:
-            memory.append(zeros(cell.input_size, within))
-    elif not known:
-        gates.append(zeros(cell.input_size, of_memory))
+    of_x, of_h = encoder_matrix(cell, input_weight).tensor_split([cell.input_size])
+    to_u, to_gates = input_matrices(cell, input_weight, identity if known else of_x, apart=known)
     u_bias = None if known else cell.bias
-    if u_bias is not None or bias is not None:
-        memory.append(zeros(1, within) if u_bias is None else to_memory(u_bias[None]))
-        gates.append(zeros(1, of_memory) if bias is None else bias[None])
+    constant = u_bias is not None or bias is not None
+    # Rows [m, h, what comes in, 1]: what they give to m', and to the gates other than through m'.
+    memory = [within, to_memory(of_h) if cell.hidden_to_memory else within.new_zeros(size, linear), to_memory(to_u)]
+    gates = [to_gates.new_zeros(linear, to_gates.shape[1])]
+    gates += [to_gates.new_zeros(size, to_gates.shape[1]) if hidden_weight is None else hidden_weight, to_gates]
+    if constant:
+        memory.append(within.new_zeros(1, linear) if u_bias is None else to_memory(u_bias[None]))
+        gates.append(torch.zeros_like(to_gates[:1]) if bias is None else bias[None])
     to_m = torch.cat(memory)
-    joint = torch.cat([to_m, exact_matmul(to_m, of_memory) + torch.cat(gates)], dim=1)
+    joint = torch.cat([to_m, exact_matmul(to_m, input_weight[:linear]) + torch.cat(gates)], dim=1)
     recurrent, incoming = joint.tensor_split([linear + size])
-    if u_bias is None and bias is None:
-        return recurrent, incoming, None
-    return recurrent, incoming[:-1], incoming[-1]
+    return (recurrent, incoming[:-1], incoming[-1]) if constant else (recurrent, incoming, None)

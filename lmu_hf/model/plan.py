@@ -10,7 +10,7 @@ from torch import Tensor
 from .cells import is_recurrent
 from .compiled import available
 from .costs import Recurrence, memory_algorithm, memory_chunk, recurrence_algorithm
-from .gates import SIMPLE, GateWeights
+from .gates import SIMPLE, UNBOUNDED, GateWeights
 from .lookahead import encodes_first
 from .memory import measured
 from .scan import scan_class
@@ -90,17 +90,15 @@ def make_plan(
         reason = unsupported(cell, weights, dropout)
         if reason is not None:
             if algorithm in ("lookahead", "merged"):
-                raise ValueError(f"algorithm: {algorithm!r} cannot run this layer, because {reason}; use 'auto' or 'naive'")
+                raise _refusal(algorithm, reason, "naive")
             return _naive(cell, reason)
     u_first = encodes_first(cell, dropout)
     if algorithm == "merged" and u_first:
-        reason = "encoder_act or the dropout of what is fed back asks for u before the gates"
-        raise ValueError(f"algorithm: 'merged' cannot run this layer, because {reason}; use 'auto' or 'lookahead'")
+        raise _refusal("merged", "encoder_act or the dropout of what is fed back asks for u before the gates", "lookahead")
     if weights is not None and (cell.hidden_to_memory or recurrent) and algorithm in ("auto", "lookahead", "merged"):
         return _recurrence(cell, algorithm, batch, steps, weights, like, u_first=u_first)
     if algorithm == "merged":
-        reason = "its hidden cell has no form as affine gates"
-        raise ValueError(f"algorithm: 'merged' cannot run this layer, because {reason}; use 'auto' or 'naive'")
+        raise _refusal("merged", "its hidden cell has no form as affine gates", "naive")
     because = _INPUT_FIRST if cell.memory_to_memory else _INPUT_KNOWN
     if algorithm == "lookahead":
         algorithm = "auto"
@@ -135,7 +133,7 @@ def _recurrence(
         compiled=available(like),
         measured=measured(like),
         # An infinite hidden state, which only unbounded cells have, must not reach a memory that it is not fed back to.
-        merges=algorithm == "auto" and not u_first and (cell.hidden_to_memory or weights.kind not in ("relu", "linear")),
+        merges=algorithm == "auto" and not u_first and (cell.hidden_to_memory or weights.kind not in UNBOUNDED),
     )
     if memory == "merged":
         reason = "memory and hidden state are so small that one product a step costs least"
@@ -154,6 +152,10 @@ def unsupported(cell: LMUCell, weights: GateWeights | None, dropout: Dropout) ->
     if cell.hidden_to_memory and weights is None:
         return "the hidden cell that is fed back has no form as affine gates"
     return None
+
+
+def _refusal(algorithm: str, reason: str, instead: str) -> ValueError:
+    return ValueError(f"algorithm: {algorithm!r} cannot run this layer, because {reason}; use 'auto' or {instead!r}")
 
 
 def _naive(cell: LMUCell, reason: str) -> Plan:

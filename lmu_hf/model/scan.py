@@ -12,83 +12,34 @@ checkpoint that carries this file along runs without either.
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, cached_property, partial
-from typing import Any, NamedTuple
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .compiled import available, panels
-from .feedback import Feedback
 from .folding import ChunkOperators
-from .gates import GATES, make_gates
+from .gates import GATES
 from .precision import full_float32
-
-State = tuple[Tensor, ...]
-
-
-class Encoding(NamedTuple):
-    """How u comes of the state before it where it is no linear function of it, or not the same one in each row.
-
-    Attributes:
-        encoder: h -> u (H, D).
-        direct: u -> the gates of its own step (D, G).
-        mask: what multiplies h on its way to u (B, H), or None.
-        activation: of u, a key of ``GATES`` with f' known from f.
-        u: the u of all steps (B, T, D), as the steps compute it.
-    """
-
-    encoder: Tensor
-    direct: Tensor
-    mask: Tensor | None
-    activation: str
-    u: Tensor
+from .time_loop import State, TimeLoop
 
 
-class NaiveScan(Feedback):
-    """The steps of the chunks of one sequence, forwards or backwards.
-
-    Args:
-        kind: the pointwise step of the hidden cell, a key of ``GATES``.
-        step: [u of the chunk so far, h] -> sums, ((C - 1) * D + H, W).
-        chunk: steps per chunk C.
-        dims: D, 0 for a scan without memory.
-        states: hidden state tensors before the first step, (B, H) each; with ``linear`` the first is [m, h].
-        kept: what :func:`gates.allocate_for` made.
-        linear: how many numbers of h, and of the gates, come first and are memory, which no cell squashes.
-        encoding: how u comes of h, where ``step`` does not say it.
-    """
+class NaiveScan(TimeLoop):
+    """The steps as a loop in Python; see :class:`time_loop.TimeLoop`."""
 
     language = "python"
 
-    def __init__(
-        self,
-        kind: str,
-        step: Tensor,
-        chunk: int,
-        dims: int,
-        states: State,
-        kept: State,
-        *,
-        linear: int = 0,
-        encoding: Encoding | None = None,
-    ):
-        self.dims, self.kept, self.linear, self.encoding = dims, kept, linear, encoding
-        self.gates = make_gates(kind, linear, states, kept)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.gates = self.cell.gates(self.states, self.kept)
         # The row of a step is as long as the u before it.
-        self.matrices = [step[(chunk - 1 - j) * dims :] for j in range(chunk)] if dims else [step]
-        self.output = states[0]
+        lags = range(self.chunk - 1, -1, -1) if self.dims else (0,)
+        self.matrices = [self.step[lag * self.dims :] for lag in lags]
+        self.output = self.states[0]
 
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
-        """Runs ``count`` steps from step ``first`` on; calls go on where the one before ended.
-
-        Args:
-            first: the first step; with D > 0, where a chunk starts.
-            count: number of steps; with D > 0, at most C.
-            known: what is known of their sums in advance (B, count or more, W).
-            u: where their u goes, (B, T, D); hidden states go to ``kept``.
-        """
         dims, output = self.dims, self.output
         if not dims:
             with self._precision():
@@ -111,26 +62,15 @@ class NaiveScan(Feedback):
         self.output = output
 
     def start_backward(self, grads: State) -> None:
-        """Receives the gradients of the state sequences (B, T, H) each, before the first call of :meth:`backward`.
-
-        With ``linear``, the first may be that of the numbers behind the memory alone.
-        """
-        if self.linear:
-            grads = (F.pad(grads[0], (self.output.shape[1] - grads[0].shape[2], 0)), *grads[1:])
+        missing = self.output.shape[1] - grads[0].shape[2]
+        if missing:
+            grads = (F.pad(grads[0], (missing, 0)), *grads[1:])
         self.grads = grads
         self.gates.load_gradients(grads)
         self.carry = torch.zeros_like(self.output)
         self.matrices = [matrix.mT for matrix in self.matrices]
 
     def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
-        """The adjoint of :meth:`forward`; calls come last to first.
-
-        Args:
-            first: the first step.
-            count: number of steps.
-            grad_u: gradients that reach the u of these steps from elsewhere (B, count or more, D); overwritten.
-            grad_sums: where the gradients of the sums of these steps go (B, count or more, W).
-        """
         dims, carry = self.dims, self.carry
         inputs = grad_u.flatten(1)
         with self._precision():
@@ -168,33 +108,21 @@ class NaiveScan(Feedback):
         return back if mask is None else back * mask
 
     def _precision(self) -> AbstractContextManager:
-        return full_float32(self.output) if self.linear else nullcontext()
+        return full_float32(self.output) if self.cell.linear else nullcontext()
 
     def initial_gradients(self) -> State:
-        """Gradients of the initial states, after the last :meth:`backward`."""
         return self.gates.initial_gradients(self.carry)
 
 
-class CompiledScan(Feedback):
+class CompiledScan(TimeLoop):
     """:class:`NaiveScan` with its loop in C++."""
 
     language = "compiled"
 
-    def __init__(
-        self,
-        kind: str,
-        step: Tensor,
-        chunk: int,
-        dims: int,
-        states: State,
-        kept: State,
-        *,
-        linear: int = 0,
-        encoding: Encoding | None = None,
-    ):
-        self.kind, self.step, self.chunk, self.linear, self.encoding = kind, step, chunk, linear, encoding
-        self.states, self.kept = [state.contiguous() for state in states], list(kept)
-        self.advance: tuple[Tensor, ...] = ()  # of this direction: each object runs one way only
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.states = tuple(state.contiguous() for state in self.states)
+        self.advance: tuple[Tensor, ...] = ()  # of this direction
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -218,7 +146,7 @@ class CompiledScan(Feedback):
 
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
         torch.ops.lmu_hf.scan_forward(
-            self.kind, self.linear, first, count, self.chunk, known, self.matrix, self.states, self.kept, u, *self.forwards
+            *self.cell, first, count, self.chunk, known, self.matrix, self.states, self.kept, u, *self.forwards
         )
 
     def feedback_forward(
@@ -229,7 +157,7 @@ class CompiledScan(Feedback):
             self.advance = panels(power.mT), panels(response)
         memory = memory.clone(memory_format=torch.contiguous_format)
         torch.ops.lmu_hf.feedback_forward(
-            self.kind,
+            self.cell.kind,
             first,
             known,
             operators.fold,
@@ -263,7 +191,7 @@ class CompiledScan(Feedback):
             power, response = operators.advance
             self.advance = panels(power), panels(response.mT)
         torch.ops.lmu_hf.feedback_backward(
-            self.kind,
+            self.cell.kind,
             first,
             operators.fold,
             *self.advance,
@@ -282,8 +210,7 @@ class CompiledScan(Feedback):
 
     def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
         torch.ops.lmu_hf.scan_backward(
-            self.kind,
-            self.linear,
+            *self.cell,
             first,
             count,
             self.chunk,
@@ -302,17 +229,11 @@ class CompiledScan(Feedback):
         return tuple(self.carries)
 
 
-def scan_class(like: Tensor, half: bool = False, special: bool = False) -> Any:
-    """The scan to use for tensors like this one; ``special`` if it has memory in front of h, or an :class:`Encoding`.
-
-    ``half`` lets it round what multiplies h to bfloat16, where that is faster.
-    """
+def scan_class(like: Tensor, *, special: bool = False) -> type[TimeLoop]:
+    """The time loop to use for tensors like this one; ``special`` if it has memory in front of h, or an ``Encoding``."""
     if available(like):
         return CompiledScan
-    kernels = None if special else _triton_scan(like)
-    if kernels is None:
-        return NaiveScan
-    return partial(kernels, half=True) if half else kernels
+    return (None if special else _triton_scan(like)) or NaiveScan
 
 
 def _triton_scan(like: Tensor) -> Any:

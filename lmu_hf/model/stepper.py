@@ -19,7 +19,7 @@ from torch import Tensor
 from .cells import ACTIVATIONS
 from .compiled import available, panels
 from .folding import encoder_matrix
-from .gates import GATES, GateWeights, gate_weights
+from .gates import GATES, SIMPLE, GateWeights, Pointwise, gate_weights
 from .precision import full_float32
 from .state import LMUState, forget_
 from .weights import a_weight
@@ -133,23 +133,22 @@ class LMUStepper:
         if size:
             self._state = (self._state[0], output, *self._state[2:])
         advance = self._advance(row, *prepared[:4])
-        gates = None if kind == "none" else GATES[kind]
-        hidden = self._state[1:]
+        pointwise, hidden = Pointwise(kind), self._state[1:]
 
         @torch.inference_mode()
         def run(x: Tensor) -> Tensor:
             sample.copy_(x)
             with full_float32(row):
                 memory.copy_(advance())
-            if gates is None:
+            if kind == "none":
                 return row.clone() if cell.input_to_hidden else memory.clone()
             sums = torch.mm(row, weight) if bias is None else torch.addmm(bias, row, weight)
-            if gates.width == 1:
-                gates.activation(sums, sums)
+            if kind in SIMPLE:
+                GATES[kind].activation(sums, sums)
                 output.copy_(sums)
                 return sums
-            kept = gates.allocate(hidden, 1)
-            gates(hidden, kept).step(0, sums)
+            kept = pointwise.allocate(hidden, 1)
+            pointwise.gates(hidden, kept).step(0, sums)
             for own, new in zip(hidden, kept, strict=False):
                 own.copy_(new[:, 0])
             return kept[0][:, 0]

@@ -1,31 +1,103 @@
-"""The chunks of a segment whose state is fed back into the memory: one after the other, as each starts where the last one ended.
+"""What the time loops of :mod:`scan` have in common: what they are made of, and the segments that their chunks make.
 
-The parts of a chunk are described in :mod:`lookahead`; here is the loop over chunks, forwards and backwards. Every time loop of
-:mod:`scan` inherits it. The compiled one does the whole segment in one call instead: with few rows the calls that surround the
-steps of a chunk would take longer than the steps.
+The parts of a chunk are described in :mod:`lookahead`. Where the state is fed back into the memory, its chunks come one after the
+other, as each starts where the last one ended; here is the loop over them, forwards and backwards. The compiled time loop does a
+whole segment in one call instead: with few rows the calls that surround the steps of a chunk would take longer than the steps.
 """
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .folding import ChunkOperators
+from .gates import Pointwise
 from .memory import fold_rows, fold_state, unfold_rows, unfold_state
 from .precision import full_float32
 
+State = tuple[Tensor, ...]
 
-class Feedback:
-    """A time loop with the segments that its chunks make. Subclasses do the steps; see :class:`scan.NaiveScan`."""
 
-    kept: Sequence[Tensor]
+class Encoding(NamedTuple):
+    """How u comes of the state before it where it is no linear function of it, or not the same one in each row.
+
+    Attributes:
+        encoder: h -> u (H, D).
+        direct: u -> the gates of its own step (D, G).
+        mask: what multiplies h on its way to u (B, H), or None.
+        activation: of u, a key of ``GATES`` with f' known from f.
+        u: the u of all steps (B, T, D), as the steps compute it.
+    """
+
+    encoder: Tensor
+    direct: Tensor
+    mask: Tensor | None
+    activation: str
+    u: Tensor
+
+
+class TimeLoop:
+    """The steps of the chunks of one sequence. An object goes one way, forwards or backwards; subclasses do the steps.
+
+    Args:
+        cell: what a step makes of its sums.
+        step: [u of the chunk so far, h] -> sums, ((C - 1) * D + H, W).
+        chunk: steps per chunk C.
+        dims: D, 0 for a loop without memory.
+        states: hidden state tensors before the first step, (B, H) each.
+        kept: what ``cell.allocate`` made.
+        encoding: how u comes of h, where ``step`` does not say it.
+        half: the rows of ``step`` that multiply h may be rounded to bfloat16, where that is faster.
+    """
+
+    language: str
+
+    def __init__(
+        self,
+        cell: Pointwise,
+        step: Tensor,
+        chunk: int,
+        dims: int,
+        states: State,
+        kept: State,
+        *,
+        encoding: Encoding | None = None,
+        half: bool = False,
+    ):
+        self.cell, self.step, self.chunk, self.dims = cell, step, chunk, dims
+        self.states, self.kept, self.encoding, self.half = states, kept, encoding, half
 
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
-        """The steps of a chunk."""
+        """Runs ``count`` steps from step ``first`` on; calls go on where the one before ended.
+
+        Args:
+            first: the first step; with D > 0, where a chunk starts.
+            count: number of steps; with D > 0, at most C.
+            known: what is known of their sums in advance (B, count or more, W).
+            u: where their u goes, (B, T, D); hidden states go to ``kept``.
+        """
+        raise NotImplementedError
+
+    def start_backward(self, grads: State) -> None:
+        """Receives the gradients of the state sequences (B, T, H) each, before the first call of :meth:`backward`.
+
+        Where the first state is [m, h], its gradient may be that of h alone.
+        """
         raise NotImplementedError
 
     def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
-        """Their adjoint."""
+        """The adjoint of :meth:`forward`; calls come last to first.
+
+        Args:
+            first: the first step.
+            count: number of steps.
+            grad_u: gradients that reach the u of these steps from elsewhere (B, count or more, D); overwritten.
+            grad_sums: where the gradients of the sums of these steps go (B, count or more, W).
+        """
+        raise NotImplementedError
+
+    def initial_gradients(self) -> State:
+        """Gradients of the initial states, after the last :meth:`backward`."""
         raise NotImplementedError
 
     def feedback_forward(

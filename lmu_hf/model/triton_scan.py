@@ -38,10 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .feedback import Feedback
+from .time_loop import State, TimeLoop
 from .triton_parts import activation, arriving, derivative, gate, hold, product, read, sigmoid, tanh, write
-
-State = tuple[Tensor, ...]
 
 # The pointwise steps that the kernels know; keys of GATES.
 KINDS = ("tanh", "sigmoid", "relu", "linear", "lstm", "gru")
@@ -336,29 +334,26 @@ def rows_per_program(batch: int, like: Tensor) -> int:
     return next((rows for rows in (1, 2) if batch <= 2 * rows * processors), 4)
 
 
-class TritonScan(Feedback):
-    """:class:`scan.NaiveScan` for float32 tensors, with its loop in a kernel.
-
-    Args:
-        kind: as there, like the further arguments up to ``kept``.
-        half: round the rows of ``step`` that multiply h to bfloat16.
-    """
+class TritonScan(TimeLoop):
+    """:class:`scan.NaiveScan` for float32 tensors, with its loop in a kernel; no encoding, no memory in front of h."""
 
     language = "triton"
 
-    def __init__(self, kind: str, step: Tensor, chunk: int, dims: int, states: State, kept: State, *, half: bool = False):
-        batch, size = states[0].shape
-        self.dims, self.steps, self.batch = dims, kept[0].shape[1], batch
-        self.step = step.contiguous()
-        recurrent = self.step[len(step) - size :]
-        self.recurrent = recurrent.bfloat16() if half else recurrent  # (H, W)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.batch, size = self.states[0].shape
+        self.steps = self.kept[0].shape[1]
+        self.step = self.step.contiguous()
+        recurrent = self.step[len(self.step) - size :]
+        self.recurrent = recurrent.bfloat16() if self.half else recurrent  # (H, W)
         self.matrices: tuple[Tensor, Tensor] | None = None
-        self.sizes = block_sizes(kind, size, dims, chunk, rows_per_program(batch, step))
-        self.states = [state.contiguous() for state in states]
+        rows = rows_per_program(self.batch, self.step)
+        self.sizes = block_sizes(self.cell.kind, size, self.dims, self.chunk, rows)
+        self.states = tuple(state.contiguous() for state in self.states)
         # An argument that a kind has no use for still has to be some pointer.
-        hidden = kept[0]
-        self.kept = (hidden, kept[1] if kind == "lstm" else hidden, kept[-1])
-        self.grid = (triton.cdiv(batch, self.sizes["BLOCK_B"]),)
+        hidden, *further = self.kept
+        self.kept = (hidden, further[0] if self.cell.kind == "lstm" else hidden, self.kept[-1])
+        self.grid = (triton.cdiv(self.batch, self.sizes["BLOCK_B"]),)
 
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
         if self.matrices is None:

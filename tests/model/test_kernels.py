@@ -17,7 +17,7 @@ import torch
 from lmu_hf import LMU
 from lmu_hf.model.chunked_scan import _Sizes
 from lmu_hf.model.folding import ChunkOperators
-from lmu_hf.model.gates import GATES
+from lmu_hf.model.gates import GATES, Pointwise
 from lmu_hf.model.scan import NaiveScan, scan_class
 
 TRITON = importlib.util.find_spec("triton") is not None
@@ -57,18 +57,18 @@ def run(scan_of, kind, batch, size, dims, chunk, steps, rounded=False):
     if rounded:
         step[len(step) - size :] = step[len(step) - size :].bfloat16().float()
     known = torch.randn(batch, steps, width)
-    kept = tuple(tensor.fill_(torch.nan) for tensor in GATES[kind].allocate(states, steps))
+    kept = tuple(tensor.fill_(torch.nan) for tensor in Pointwise(kind).allocate(states, steps))
     u = torch.full((batch, steps, dims), torch.nan)
     cuts = [(first, min(chunk, steps - first)) for first in range(0, steps, chunk)]
     if not dims:
         cuts = [(0, steps // 2), (steps // 2, steps - steps // 2)]
-    scan = scan_of(kind, step, chunk, dims, states, kept)
+    scan = scan_of(Pointwise(kind), step, chunk, dims, states, kept)
     for first, count in cuts:
         scan.forward(first, count, known[:, first : first + count], u)
     grads = tuple(torch.randn(batch, steps, size) for _ in states)
     grad_u = torch.randn(batch, steps, dims)
     grad_sums = torch.full((batch, steps, width), torch.nan)
-    scan = scan_of(kind, step, chunk, dims, states, kept)  # as in chunked_scan
+    scan = scan_of(Pointwise(kind), step, chunk, dims, states, kept)  # as in chunked_scan
     scan.start_backward(grads)
     for first, count in reversed(cuts):
         scan.backward(first, count, grad_u[:, first : first + count].clone(), grad_sums[:, first : first + count])
@@ -185,10 +185,10 @@ def nan_passes(pool_case):
     outputs = []
     for kind in GATES:
         states = tuple(torch.zeros(2, 3) for _ in range(1 + (kind == "lstm")))
-        kept = GATES[kind].allocate(states, 2)
+        kept = Pointwise(kind).allocate(states, 2)
         known = torch.full((2, 2, 3 * (4 if kind in ("lstm", "gru") else 1)), 0.5)
         known[0] = torch.nan
-        scan = triton_scan.TritonScan(kind, torch.ones(3, known.shape[2]), 1, 0, states, kept)
+        scan = triton_scan.TritonScan(Pointwise(kind), torch.ones(3, known.shape[2]), 1, 0, states, kept)
         scan.forward(0, 2, known, torch.empty(2, 2, 0))
         outputs.append(kept[0])
     return outputs
@@ -216,8 +216,8 @@ def pointwise(kind, x):
 
     triton_scan.rows_per_program = lambda batch, like: 4
     states = (torch.zeros(len(x) // 16, 16),)
-    kept = GATES[kind].allocate(states, 1)
-    scan = triton_scan.TritonScan(kind, torch.zeros(16, 16), 1, 0, states, kept)
+    kept = Pointwise(kind).allocate(states, 1)
+    scan = triton_scan.TritonScan(Pointwise(kind), torch.zeros(16, 16), 1, 0, states, kept)
     scan.forward(0, 1, x.view(-1, 1, 16), torch.empty(len(x) // 16, 1, 0))
     return kept[0].flatten().double()
 
