@@ -10,6 +10,7 @@ are there. Nothing is differentiable.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,8 @@ class LMUStepper:
             self._state = tuple(tensor.contiguous() for tensor in cell.initial_state(self._like).tensors())
             kind = "none" if cell.hidden_cell is None else None if weights is None else weights.kind
             if kind is not None and like.dtype in (torch.float32, torch.float64):
-                prepared = _prepare(cell, weights, like)
-                compiled = available(self._like) and cell.encoder_act == "linear"
+                prepared = (None if part is None else part.detach() for part in _prepare(cell, weights, like))
+                compiled = available(self._like) and cell.encoder_act in SIMPLE
                 self.loop = "compiled" if compiled else "python"
                 self._run = (self._compiled if compiled else self._python)(kind, *prepared)
             else:
@@ -117,14 +118,27 @@ class LMUStepper:
             bias = weight.new_zeros(weight.shape[1])
         cell = self.cell
         matrices = (u_bias, panels(A.mT), panels(B[:, None]), panels(weight), bias)
-        encoder = (panels(encoder), cell.hidden_to_memory, cell.memory_to_memory)
+        encoder = (encoder.mT.contiguous(), cell.hidden_to_memory, cell.memory_to_memory, cell.encoder_act)
         sizes = (cell.input_size, cell.output_size)
-        return torch.classes.lmu_hf.Stream(kind, list(self._state), *encoder, *matrices, *sizes).step
+        stream = torch.classes.lmu_hf.Stream(kind, list(self._state), *encoder, *matrices, *sizes)
+        # Called by its address: the dispatcher would take half as long as the step.
+        function, address = stream.entry()
+        step = ctypes.PYFUNCTYPE(None, *[ctypes.c_void_p] * 3)(function)
+        outputs = self._like.new_empty(self.batch_size, cell.output_size)
+
+        def run(x: Tensor) -> Tensor:
+            if not (x.is_cpu and x.is_contiguous()):
+                x = x.cpu().contiguous()
+            output = torch.empty_like(outputs)
+            step(address, x.data_ptr(), output.data_ptr())
+            return output
+
+        run.stream = stream  # type: ignore[attr-defined]  # whose address it is
+        return run
 
     def _python(self, kind: str, *prepared: Any) -> Callable[[Tensor], Tensor]:
         """Calls into torch cost more than their arithmetic here, so states and sample lie side by side in one row [m, x, h]."""
         cell, like = self.cell, self._like
-        weight, bias = prepared[4:]
         size = cell.state_sizes[0] if kind != "none" else 0
         flat, inputs = cell.memory_d * cell.order, cell.input_size
         row = like.new_zeros(len(like), flat + inputs + size)
@@ -132,31 +146,36 @@ class LMUStepper:
         self._state = (memory.view(-1, cell.memory_d, cell.order), *self._state[1:])
         if size:
             self._state = (self._state[0], output, *self._state[2:])
-        advance = self._advance(row, *prepared[:4])
+        advance = self._advance(row, *prepared)
         pointwise, hidden = Pointwise(kind), self._state[1:]
 
-        @torch.inference_mode()
         def run(x: Tensor) -> Tensor:
-            sample.copy_(x)
-            with full_float32(row):
-                memory.copy_(advance())
-            if kind == "none":
+            sample.copy_(x.detach() if x.requires_grad else x)
+            gates = advance()
+            if gates is None:
                 return row.clone() if cell.input_to_hidden else memory.clone()
-            sums = torch.mm(row, weight) if bias is None else torch.addmm(bias, row, weight)
             if kind in SIMPLE:
-                GATES[kind].activation(sums, sums)
-                output.copy_(sums)
-                return sums
+                GATES[kind].activation(gates, output)
+                return output.clone()
             kept = pointwise.allocate(hidden, 1)
-            pointwise.gates(hidden, kept).step(0, sums)
+            pointwise.gates(hidden, kept).step(0, gates)
             for own, new in zip(hidden, kept, strict=False):
                 own.copy_(new[:, 0])
             return kept[0][:, 0]
 
         return run
 
-    def _advance(self, row: Tensor, encoder: Tensor, u_bias: Tensor | None, A: Tensor, B: Tensor) -> Callable[[], Tensor]:
-        """A function that computes the next memory (batch_size, D * N) of a row [m, x, h]."""
+    def _advance(
+        self,
+        row: Tensor,
+        encoder: Tensor,
+        u_bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Callable[[], Tensor | None]:
+        """A function that puts the next memory into a row [m, x, h] and returns the gates (batch_size, G), if there are any."""
         cell = self.cell
         dims, order, inputs = cell.memory_d, cell.order, cell.input_size
         flat, A = dims * order, A.mT
@@ -164,30 +183,49 @@ class LMUStepper:
         of_input, of_hidden, of_memory = encoder.tensor_split([inputs, cell.encoder_size])
         encoder = torch.cat([of_memory, of_input, of_hidden])
         end = flat + inputs + len(of_hidden)
-        read = row[:, end - len(encoder) : end]
+        read = slice(end - len(encoder), end)
+        memory = row[:, :flat]
         activate = None if cell.encoder_act == "linear" else ACTIVATIONS[cell.encoder_act]
         if activate is None and row.shape[1] <= order + _CALLS // flat:
-            # One product in place of three: [m, x, h] -> m'.
+            # One product in place of four: [m, x, h] -> m' and the gates that it makes.
             to_memory = torch.block_diag(*B.expand(dims, order)[:, None])
-            matrix = encoder.new_zeros(row.shape[1], flat)
-            matrix[end - len(encoder) : end] = encoder @ to_memory
+            matrix = row.new_zeros(row.shape[1], flat)
+            matrix[read] = encoder @ to_memory
             matrix[:flat] += torch.block_diag(*A.expand(dims, order, order))
-            if u_bias is None:
-                return lambda: torch.mm(row, matrix)
-            constant = u_bias @ to_memory
-            return lambda: torch.addmm(constant, row, matrix)
-        memory, B = row[:, :flat], B[:, None]
+            constant = row.new_zeros(flat) if u_bias is None else u_bias @ to_memory
+            if weight is not None:
+                of_memory, others = weight.tensor_split([flat])
+                others = torch.cat([torch.zeros_like(of_memory), others])
+                matrix = torch.cat([matrix, matrix @ of_memory + others], dim=1)
+                through = constant @ of_memory
+                constant = torch.cat([constant, through if bias is None else through + bias])
+            sums = row.new_empty(len(row), matrix.shape[1])
+            after, gates = sums.tensor_split([flat], dim=1)
 
-        def advance() -> Tensor:
-            u = torch.mm(read, encoder) if u_bias is None else torch.addmm(u_bias, read, encoder)
+            def at_once() -> Tensor | None:
+                with full_float32(row):
+                    torch.addmm(constant, row, matrix, out=sums)
+                memory.copy_(after)
+                return None if weight is None else gates
+
+            return at_once
+        B, of_row = B[:, None], row[:, read]
+
+        def one_by_one() -> Tensor | None:
+            u = torch.mm(of_row, encoder) if u_bias is None else torch.addmm(u_bias, of_row, encoder)
             if activate is not None:
                 u = activate(u)
-            if len(A) == 1:
-                return torch.addmm(u.view(-1, 1) * B[0], memory.reshape(-1, order), A[0]).view(-1, flat)
-            by_dimension = memory.view(-1, dims, order).transpose(0, 1)
-            return torch.baddbmm(u.mT[..., None] * B, by_dimension, A).transpose(0, 1).flatten(1)
+            with full_float32(row):
+                if len(A) == 1:
+                    memory.copy_(torch.addmm(u.view(-1, 1) * B[0], memory.reshape(-1, order), A[0]).view(-1, flat))
+                else:
+                    by_dimension = memory.view(-1, dims, order).transpose(0, 1)
+                    memory.copy_(torch.baddbmm(u.mT[..., None] * B, by_dimension, A).transpose(0, 1).flatten(1))
+            if weight is None:
+                return None
+            return torch.mm(row, weight) if bias is None else torch.addmm(bias, row, weight)
 
-        return advance
+        return one_by_one
 
 
 def check_streams(batch_size: int) -> int:

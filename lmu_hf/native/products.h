@@ -107,6 +107,51 @@ void product(
   }
 }
 
+// The sum of a[i] * b[i], in several sums, so that no addition need wait for the one before.
+template <typename T>
+T dot(int64_t count, const T* a, const T* b) {
+  using Vec = typename Vector<T>::type;
+  constexpr int64_t lanes = BYTES / sizeof(T), sums = 4;
+  Vec sum[sums] = {};
+  int64_t i = 0;
+  for (; i + sums * lanes <= count; i += sums * lanes)
+    for (int s = 0; s < sums; ++s)
+      sum[s] += *reinterpret_cast<const Vec*>(a + i + s * lanes) * *reinterpret_cast<const Vec*>(b + i + s * lanes);
+  const Vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  T total = 0;
+  for (int64_t lane = 0; lane < lanes; ++lane) total += all[lane];
+  for (; i < count; ++i) total += a[i] * b[i];
+  return total;
+}
+
+// c (rows, width) += a (rows, inner) @ b (inner, width), for few rows: b as it lies, read once and in order.
+template <typename T>
+void thin_product(
+    int64_t rows, int64_t width, int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
+    int64_t c_stride) {
+  constexpr int64_t together = 4;
+  for (int64_t k = 0; k < inner; k += together) {
+    const T* __restrict from[together];
+    for (int64_t i = 0; i < together; ++i) from[i] = b + std::min(k + i, inner - 1) * b_stride;
+    for (int64_t r = 0; r < rows; ++r) {
+      T factor[together];
+      for (int64_t i = 0; i < together; ++i) factor[i] = k + i < inner ? a[r * a_stride + k + i] : T(0);
+      T* __restrict to = c + r * c_stride;
+      for (int64_t j = 0; j < width; ++j)
+        to[j] += (factor[0] * from[0][j] + factor[1] * from[1][j]) + (factor[2] * from[2][j] + factor[3] * from[3][j]);
+    }
+  }
+}
+
+// c (rows, inner) += a (rows, width) @ the transposed b.
+template <typename T>
+void thin_transposed(
+    int64_t rows, int64_t width, int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t b_stride, T* c,
+    int64_t c_stride) {
+  for (int64_t k = 0; k < inner; ++k)
+    for (int64_t r = 0; r < rows; ++r) c[r * c_stride + k] += dot(width, a + r * a_stride, b + k * b_stride);
+}
+
 // The stride of rows into which products write: whole vectors, and no power of two, which would share few lines of the cache.
 int64_t padded(int64_t size) { return (size + PANEL - 1) / PANEL * PANEL + PANEL; }
 }  // namespace

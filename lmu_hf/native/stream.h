@@ -15,15 +15,19 @@ struct None {
 };
 
 // A layer and the states of its streams, prepared: looking up what a step needs would take longer than many a step.
+//
+// For the same reason a step is called by its address, past the dispatcher: x (B, inputs) and output (B, outputs) are contiguous
+// and of the dtype of the states, which is for the caller to see to.
 struct Stream : torch::CustomClassHolder {
-  // Matrices in panels, A transposed, B (S, panels, 1, PANEL). states: m (B, D, N) and the hidden ones, contiguous; all are
-  // updated. The rows of the encoder are those of [x, h, m], with h and m only where they are fed back; of the weight those of
-  // [m, x, h].
+  // states: m (B, D, N) and the hidden ones, contiguous; all are updated. Of the encoder come the columns (D, ...), which read
+  // [x, h, m], h and m only where they are fed back; the other matrices in panels, A transposed, B (S, panels, 1, PANEL). The rows
+  // of the weight are those of [m, x, h].
   Stream(
       std::string kind, std::vector<at::Tensor> states, at::Tensor encoder, bool from_hidden, bool from_memory,
-      std::optional<at::Tensor> u_bias, at::Tensor A, at::Tensor B, at::Tensor weight, std::optional<at::Tensor> bias,
-      int64_t inputs, int64_t outputs)
+      std::string activation, std::optional<at::Tensor> u_bias, at::Tensor A, at::Tensor B, at::Tensor weight,
+      std::optional<at::Tensor> bias, int64_t inputs, int64_t outputs)
       : kind(std::move(kind)),
+        activation(std::move(activation)),
         states(std::move(states)),
         encoder(std::move(encoder)),
         A(std::move(A)),
@@ -36,34 +40,44 @@ struct Stream : torch::CustomClassHolder {
         inputs(inputs),
         outputs(outputs) {}
 
-  // One sample per stream (B, inputs) -> the outputs (B, outputs).
-  at::Tensor step(const at::Tensor& x) {
-    const at::Tensor samples = x.contiguous(), output = at::empty({x.size(0), outputs}, states[0].options());
-    TORCH_CHECK(
-        x.size(0) == states[0].size(0) && x.size(1) == inputs && x.scalar_type() == states[0].scalar_type(),
-        "expected one sample per stream");
-    with_type(x, [&](auto scalar) {
-      using T = decltype(scalar);
-      const auto run = [&](auto cell) {
-        using Cell = decltype(cell);
-        // A thread of its own pays only where it gets several streams.
-        at::parallel_for(0, x.size(0), 4, [&](int64_t begin, int64_t end) {
-          rows<T, Cell>(begin, end, samples.data_ptr<T>(), output.data_ptr<T>());
-        });
-      };
-      if (kind == "none") return run(None());
-      with_cell(kind, run);
-    });
-    return output;
+  // The function to call for a step, and its first argument; then come x and output.
+  std::vector<int64_t> entry() {
+    return {reinterpret_cast<int64_t>(&Stream::call), reinterpret_cast<int64_t>(this)};
   }
 
  private:
-  const std::string kind;
+  const std::string kind, activation;
   const std::vector<at::Tensor> states;
   const at::Tensor encoder, A, B, weight;
   const std::optional<at::Tensor> u_bias, bias;
   const bool from_hidden, from_memory;
   const int64_t inputs, outputs;
+
+  static void call(const Stream* stream, const void* x, void* output) { stream->step(x, output); }
+
+  void step(const void* x, void* output) const {
+    with_type(states[0], [&](auto scalar) {
+      using T = decltype(scalar);
+      const auto run = [&](auto cell) {
+        using Cell = decltype(cell);
+        // A thread of its own pays only where it gets several streams.
+        at::parallel_for(0, states[0].size(0), 4, [&](int64_t begin, int64_t end) {
+          rows<T, Cell>(begin, end, static_cast<const T*>(x), static_cast<T*>(output));
+        });
+      };
+      if (kind == "none") return run(None());
+      with_cell(kind, run);
+    });
+  }
+
+  // u (rows, D) += from (rows, count) @ the rows of the encoder from `first` on. It has few columns, and panels of 16: by columns.
+  template <typename T>
+  void encode(int64_t rows, int64_t count, const T* from, int64_t first, T* u, int64_t u_stride) const {
+    const int64_t length = encoder.size(1);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < encoder.size(0); ++d)
+        u[r * u_stride + d] += dot(count, from + r * count, encoder.data_ptr<T>() + d * length + first);
+  }
 
   template <typename T, typename Cell>
   void rows(int64_t begin, int64_t end, const T* x, T* output) const {
@@ -77,12 +91,14 @@ struct Stream : torch::CustomClassHolder {
     std::vector<T> u(rows * u_stride), inputs_of(rows * dims);
     if (u_bias)
       for (int64_t r = 0; r < rows; ++r) std::memcpy(&u[r * u_stride], u_bias->data_ptr<T>(), dims * sizeof(T));
-    const Panels<T> e(encoder);
-    product<T>(rows, dims, inputs, samples, inputs, e, u.data(), u_stride);
-    if (from_hidden) product<T>(rows, dims, size, hidden, size, e.from_row(inputs), u.data(), u_stride);
-    if (from_memory)
-      product<T>(rows, dims, flat, memory, flat, e.from_row(inputs + (from_hidden ? size : 0)), u.data(), u_stride);
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(&inputs_of[r * dims], &u[r * u_stride], dims * sizeof(T));
+    const int64_t after_hidden = inputs + (from_hidden ? size : 0);
+    encode<T>(rows, inputs, samples, 0, u.data(), u_stride);
+    if (from_hidden) encode<T>(rows, size, hidden, inputs, u.data(), u_stride);
+    if (from_memory) encode<T>(rows, flat, memory, after_hidden, u.data(), u_stride);
+    with_activation(activation, [&](auto function) {
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t d = 0; d < dims; ++d) inputs_of[r * dims + d] = function.value(u[r * u_stride + d]);
+    });
     advance<T>(rows, dims, order, 1, inputs_of.data(), A, B, memory);
 
     T* result = output + begin * outputs;

@@ -196,6 +196,6 @@ def test_the_memory_of_a_stream_is_kept_in_float32(theta, as_on_cuda, python_loo
     new()
     with Products() as products:
         stream(torch.randn(4, 3))
-    # One product makes both memories, of [m, x, h].
-    settings = [setting for setting, shapes in products.found if shapes[1][-2:] == (2 * order + 3 + 5, 2 * order)]
+    # One product makes both memories and the gates, of [m, x, h].
+    settings = [setting for setting, shapes in products.found if shapes[1][-2:] == (2 * order + 3 + 5, 2 * order + 5)]
     assert settings == ["ieee"]

@@ -42,7 +42,7 @@ def build(name, dtype=torch.float64):
 def test_equals_the_cell(name, batch, loop):
     layer = build(name)
     stepper = layer.stepper(batch)
-    expected_loop = "step by step" if name in BY_STEP else "python" if name == "encoder_act" else loop
+    expected_loop = "step by step" if name in BY_STEP else loop
     assert stepper.loop == expected_loop
     state = None
     for t in range(20):
