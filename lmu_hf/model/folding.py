@@ -130,7 +130,7 @@ def feedback_operators(
         hidden_to_gates = through_u if hidden_weight is None else hidden_weight + through_u
     if hidden_to_gates is None:
         hidden_to_gates = direct.new_zeros(len(encoder), direct.shape[1])
-    fold = torch.cat([to_u, to_gates], dim=-1).permute(1, 2, 0, 3).reshape(dims * order, -1)
+    fold = torch.cat([to_u, to_gates], dim=-1).permute(1, 2, 0, 3).contiguous().view(dims * order, -1)
     kernel = torch.cat([kernel_u, kernel_gates], dim=-1).flip(0).flatten(0, 1)
     return fold, torch.cat([kernel, torch.cat([hidden_to_u, hidden_to_gates], dim=1)]), direct, encoder
 

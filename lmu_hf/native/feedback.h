@@ -1,4 +1,4 @@
-// The chunks of a segment whose state is fed back into the memory, as in feedback.py.
+// The chunks of a segment whose state is fed back into the memory, as in time_loop.py.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -45,35 +45,68 @@ at::Tensor flat_steps(const at::Tensor& tensor, int64_t first, int64_t length) {
       {tensor.size(0), length * tensor.size(2)}, {tensor.stride(0), 1}, tensor.storage_offset() + first * tensor.stride(1));
 }
 
+constexpr int64_t FEW = 2;  // rows, for which a call of a product costs as much as its arithmetic
+
+// sums (B, L, W), the C steps from `at` on, += memory (B, D * N) @ fold (D * N, C * W)
+template <typename T>
+void add_folded(const at::Tensor& sums, int64_t at, int64_t chunk, const at::Tensor& memory, const at::Tensor& fold) {
+  const int64_t batch = memory.size(0), flat = fold.size(0), width = fold.size(1);
+  if (batch > FEW) {
+    flat_steps(sums, at, chunk).addmm_(memory, fold);
+    return;
+  }
+  const T *from = memory.data_ptr<T>(), *matrix = fold.data_ptr<T>();
+  T* to = Sequence<T>(sums).at(0, at);
+  at::parallel_for(0, width, std::max<int64_t>(64, 32768 / flat), [&](int64_t begin, int64_t end) {
+    thin_product<T>(batch, end - begin, flat, from, flat, matrix + begin, width, to + begin, sums.stride(0));
+  });
+}
+
+// Its adjoint: memory (B, D * N) += sums @ the transposed fold
+template <typename T>
+void add_unfolded(const at::Tensor& sums, int64_t at, int64_t chunk, const at::Tensor& memory, const at::Tensor& fold) {
+  const int64_t batch = memory.size(0), flat = fold.size(0), width = fold.size(1);
+  if (batch > FEW) {
+    memory.addmm_(flat_steps(sums, at, chunk), fold.t());
+    return;
+  }
+  const T *from = Sequence<T>(sums).at(0, at), *matrix = fold.data_ptr<T>();
+  T* to = memory.data_ptr<T>();
+  at::parallel_for(0, flat, std::max<int64_t>(1, 32768 / width), [&](int64_t begin, int64_t end) {
+    thin_transposed<T>(
+        batch, width, end - begin, from, sums.stride(0), matrix + begin * width, width, to + begin, flat);
+  });
+}
+
 void feedback_forward(
     const std::string kind, int64_t first, const at::Tensor& known, const at::Tensor& fold, const at::Tensor& power,
     const at::Tensor& response, const at::Tensor& matrix, at::TensorList states, at::TensorList kept, const at::Tensor& u,
     const at::Tensor& starts, const at::Tensor& memory, at::TensorList encoding, const std::optional<at::Tensor>& mask,
     const std::string activation) {
   const int64_t chunk = response.size(2), steps = kept[0].size(1), total = u.size(1), batch = u.size(0), dims = u.size(2);
-  const int64_t order = memory.size(2), grain = std::max<int64_t>(1, 64 / dims);
-  TORCH_CHECK(memory.is_contiguous() && known.stride(1) == known.size(2), "expected contiguous tensors");
-  for (int64_t at = first; at < first + known.size(1); at += chunk) {
-    const at::Tensor start = starts.select(1, at / chunk);
-    start.copy_(memory.view_as(start));
-    flat_steps(known, at - first, chunk).addmm_(start, fold);
-    forward(
-        kind, 0, at, std::min(chunk, steps - at), chunk, known.narrow(1, at - first, chunk), matrix, states, kept, u, encoding,
-        mask, activation);
-    if (at + chunk >= total) return;
-    with_type(u, [&](auto scalar) {
-      using T = decltype(scalar);
-      const Sequence<T> inputs(u);
+  const int64_t order = memory.size(2), flat = dims * order, grain = std::max<int64_t>(1, 64 / dims);
+  TORCH_CHECK(
+      memory.is_contiguous() && fold.is_contiguous() && known.stride(1) == known.size(2), "expected contiguous tensors");
+  const at::Tensor rows = memory.view({batch, flat});
+  with_loop(kind, 0, chunk, states, kept, encoding, mask, activation, [&](const auto& loop) {
+    using T = typename std::decay_t<decltype(loop)>::Type;
+    const Sequence<T> sums(known), inputs(u), begun(starts);
+    const Panels<T> panels(matrix);
+    T* now = memory.data_ptr<T>();
+    for (int64_t at = first; at < first + known.size(1); at += chunk) {
+      for (int64_t b = 0; b < batch; ++b) std::memcpy(begun.at(b, at / chunk), now + b * flat, flat * sizeof(T));
+      add_folded<T>(known, at - first, chunk, rows, fold);
+      loop.forward(at, std::min(chunk, steps - at), sums.from(at - first), panels, inputs);
+      if (at + chunk >= total) return;
       at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
-        std::vector<T> rows((end - begin) * dims * chunk);
+        std::vector<T> driving((end - begin) * dims * chunk);
         for (int64_t b = begin; b < end; ++b)
           for (int64_t j = 0; j < chunk; ++j)
-            for (int64_t d = 0; d < dims; ++d) rows[((b - begin) * dims + d) * chunk + j] = inputs.at(b, at + j)[d];
-        advance<T>(
-            end - begin, dims, order, chunk, rows.data(), power, response, memory.data_ptr<T>() + begin * dims * order);
+            for (int64_t d = 0; d < dims; ++d) driving[((b - begin) * dims + d) * chunk + j] = inputs.at(b, at + j)[d];
+        advance<T>(end - begin, dims, order, chunk, driving.data(), power, response, now + begin * flat);
       });
-    });
-  }
+    }
+  });
 }
 
 void feedback_backward(
@@ -84,33 +117,37 @@ void feedback_backward(
     const std::optional<at::Tensor>& mask, const std::string activation) {
   const int64_t chunks = arrived.size(1) - 1, chunk = grad_sums.size(1) / chunks, steps = kept[0].size(1);
   const int64_t batch = grad_u.size(0), dims = grad_u.size(2), order = response.size(2), flat = dims * order;
-  const at::Tensor transposed = fold.t();
-  for (int64_t index = chunks - 1; index >= 0; --index) {
-    const int64_t at = first + index * chunk;
-    const at::Tensor start = at::empty({batch, flat}, fold.options());
-    // What the memory at the end of the chunk sends back, to the u of the chunk and to the memory at its start.
-    with_type(fold, [&](auto scalar) {
-      using T = decltype(scalar);
-      const Sequence<T> inputs(grad_u), later(arrived);
-      T* starts = start.data_ptr<T>();
+  TORCH_CHECK(fold.is_contiguous() && grad_sums.stride(1) == grad_sums.size(2), "expected contiguous tensors");
+  const at::Tensor start = at::empty({batch, flat}, fold.options());
+  with_loop(kind, 0, chunk, states, kept, encoding, mask, activation, [&](const auto& loop) {
+    using T = typename std::decay_t<decltype(loop)>::Type;
+    const Adjoint<T> adjoint(to_hidden, to_u, grads, carry, carried);
+    const Sequence<T> inputs(grad_u), sums(grad_sums), later(arrived);
+    std::optional<Sequence<T>> elsewhere;
+    if (grad_starts) elsewhere.emplace(*grad_starts);
+    T* now = start.data_ptr<T>();
+    for (int64_t index = chunks - 1; index >= 0; --index) {
+      const int64_t at = first + index * chunk;
+      // What the memory at the end of the chunk sends back, to the u of the chunk and to the memory at its start.
       at::parallel_for(0, batch, std::max<int64_t>(1, 64 / dims), [&](int64_t begin, int64_t end) {
         const int64_t rows = end - begin, stride = padded(chunk);
-        std::vector<T> sent(rows * dims * stride), memory(rows * flat);
-        for (int64_t r = 0; r < rows; ++r) std::memcpy(&memory[r * flat], later.at(begin + r, index + 1), flat * sizeof(T));
-        by_system<T>(rows, dims, chunk, order, memory.data(), order, response, sent.data(), stride);
+        std::vector<T> sent(rows * dims * stride);
+        T* memory = now + begin * flat;
+        for (int64_t r = 0; r < rows; ++r) std::memcpy(memory + r * flat, later.at(begin + r, index + 1), flat * sizeof(T));
+        by_system<T>(rows, dims, chunk, order, memory, order, response, sent.data(), stride);
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t j = 0; j < chunk; ++j)
             for (int64_t d = 0; d < dims; ++d) inputs.at(begin + r, at + j)[d] += sent[(r * dims + d) * stride + j];
-        advance<T>(rows, dims, order, 0, nullptr, power, response, memory.data());
-        std::memcpy(starts + begin * flat, memory.data(), rows * flat * sizeof(T));
+        advance<T>(rows, dims, order, 0, nullptr, power, response, memory);
       });
-    });
-    backward(
-        kind, 0, at, std::min(chunk, steps - at), chunk, to_hidden, to_u, states, kept, grads, grad_u.narrow(1, at, chunk),
-        grad_sums.narrow(1, at - first, chunk), carry, carried, encoding, mask, activation);
-    start.addmm_(flat_steps(grad_sums, at - first, chunk), transposed);
-    if (grad_starts) start.add_(grad_starts->select(1, at / chunk));
-    arrived.select(1, index).copy_(start);
-  }
+      loop.backward(at, std::min(chunk, steps - at), adjoint, inputs.from(at), sums.from(at - first));
+      add_unfolded<T>(grad_sums, at - first, chunk, start, fold);
+      for (int64_t b = 0; b < batch; ++b) {
+        const T* more = elsewhere ? elsewhere->at(b, at / chunk) : nullptr;
+        T* to = later.at(b, index);
+        for (int64_t i = 0; i < flat; ++i) to[i] = now[b * flat + i] + (more ? more[i] : T(0));
+      }
+    }
+  });
 }
 }  // namespace

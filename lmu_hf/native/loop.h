@@ -14,17 +14,6 @@ namespace {
 
 constexpr int64_t TILE = 60;  // rows that go through the steps together
 
-// Points `rows` at step t of every kept tensor, or, before the first step, at the initial states; past the `linear` numbers of
-// memory in front of the first.
-template <typename T, typename Cell>
-void rows_at(
-    const std::vector<Sequence<T>>& kept, const std::vector<const T*>& initial, int64_t linear, int64_t b, int64_t t,
-    T* (&rows)[3]) {
-  for (int i = 0; i < Cell::kept; ++i)
-    rows[i] = t >= 0 ? kept[i].at(b, t) : (i < Cell::states ? const_cast<T*>(initial[i] + b * kept[i].features) : nullptr);
-  rows[0] += linear;
-}
-
 // How u comes of the state before it where it is no linear function of it, or not the same one in each row; scan.Encoding.
 // Forwards `in` is h -> u and `direct` u -> gates; backwards they are transposed, and `u` holds that of all steps.
 template <typename T>
@@ -44,120 +33,6 @@ struct Encoding {
   }
 };
 
-template <typename T, typename Cell>
-void forward_rows(
-    int64_t begin, int64_t end, int64_t linear, int64_t first, int64_t count, int64_t chunk, const Sequence<T>& known,
-    const Panels<T>& matrix, const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept, const Sequence<T>& u,
-    const std::optional<Encoding<T>>& encoding) {
-  const int64_t dims = u.features, size = kept[0].features, width = known.features;
-  const int64_t u_stride = chunk * dims + 1, rows = end - begin;
-  const Panels<T> from_hidden = matrix.from_row(dims ? (chunk - 1) * dims : 0);
-  std::vector<T> sums(rows * padded(width)), past(rows * u_stride), masked(encoding ? rows * size : 0);
-  const int64_t sum_stride = padded(width);
-  for (int64_t j = 0; j < count; ++j) {
-    const int64_t t = first + j;
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(&sums[r * sum_stride], known.at(begin + r, j), width * sizeof(T));
-    const T* hidden = t > 0 ? kept[0].at(begin, t - 1) : initial[0] + begin * size;
-    product<T>(rows, width, size, hidden, t > 0 ? kept[0].row : size, from_hidden, sums.data(), sum_stride);
-    if (dims)
-      product<T>(
-          rows, width, j * dims, past.data(), u_stride, matrix.from_row((chunk - 1 - j) * dims), sums.data(), sum_stride);
-    if (encoding) {
-      const T* read = hidden;
-      int64_t read_stride = t > 0 ? kept[0].row : size;
-      if (encoding->mask) {
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t i = 0; i < size; ++i)
-            masked[r * size + i] = hidden[r * read_stride + i] * encoding->mask[(begin + r) * size + i];
-        read = masked.data(), read_stride = size;
-      }
-      // What a product adds past its width is zero: the gates behind u stay as they are.
-      product<T>(rows, dims, size, read, read_stride, encoding->in, sums.data(), sum_stride);
-      with_activation(encoding->activation, [&](auto function) {
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t d = 0; d < dims; ++d) sums[r * sum_stride + d] = function.value(sums[r * sum_stride + d]);
-      });
-      product<T>(rows, width - dims, dims, sums.data(), sum_stride, encoding->direct, sums.data() + dims, sum_stride);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      T *now[3], *before[3];
-      rows_at<T, Cell>(kept, initial, linear, begin + r, t, now);
-      rows_at<T, Cell>(kept, initial, linear, begin + r, t - 1, before);
-      const T* sum = &sums[r * sum_stride];
-      if (dims) {
-        std::memcpy(&past[r * u_stride + j * dims], sum, dims * sizeof(T));
-        std::memcpy(u.at(begin + r, t), sum, dims * sizeof(T));
-      }
-      std::memcpy(now[0] - linear, sum + dims, linear * sizeof(T));
-      Cell::template step<T>(size - linear, sum + dims + linear, before, now);
-    }
-  }
-}
-
-template <typename T, typename Cell>
-void backward_rows(
-    int64_t begin, int64_t end, int64_t linear, int64_t first, int64_t count, int64_t chunk, const Panels<T>& to_hidden,
-    const Panels<T>& to_u, const std::vector<const T*>& initial, const std::vector<Sequence<T>>& kept,
-    const std::vector<Sequence<T>>& grads, const Sequence<T>& grad_u, const Sequence<T>& grad_sums, T* carry,
-    T* carried, const std::optional<Encoding<T>>& encoding) {
-  const int64_t dims = grad_u.features, size = kept[0].features, width = grad_sums.features;
-  const int64_t rows = end - begin, h_stride = padded(size), w_stride = padded(width), u_stride = padded(chunk * dims);
-  std::vector<T> grad(rows * h_stride), wide(rows * w_stride), inputs(PANEL + rows * u_stride), rest(rows * h_stride);
-  std::vector<T> masked(encoding && encoding->mask ? rows * h_stride : 0);
-  T* to_inputs = inputs.data() + PANEL;
-  for (int64_t r = 0; r < rows; ++r) {
-    std::memcpy(&grad[r * h_stride], carry + (begin + r) * size, size * sizeof(T));
-    for (int64_t j = 0; j < count; ++j)
-      std::memcpy(to_inputs + r * u_stride + j * dims, grad_u.at(begin + r, j), dims * sizeof(T));
-  }
-  for (int64_t j = count - 1; j >= 0; --j) {
-    const int64_t t = first + j;
-    for (int64_t r = 0; r < rows; ++r) {
-      T *now[3], *before[3];
-      rows_at<T, Cell>(kept, initial, linear, begin + r, t, now);
-      rows_at<T, Cell>(kept, initial, linear, begin + r, t - 1, before);
-      T *sum = &grad[r * h_stride], *further = nullptr;
-      // Of [m, h], or of h alone.
-      const T* outer = grads[0].at(begin + r, t);
-      for (int64_t i = 0, skipped = size - grads[0].features; i < grads[0].features; ++i) sum[skipped + i] += outer[i];
-      if constexpr (Cell::states > 1) {
-        further = carried + (begin + r) * (size - linear);
-        const T* outer_cell = grads[1].at(begin + r, t);
-        for (int64_t i = 0; i < size - linear; ++i) further[i] += outer_cell[i];
-      }
-      T *gates = &wide[r * w_stride], *direct = &rest[r * h_stride];
-      std::memcpy(gates, to_inputs + r * u_stride + j * dims, dims * sizeof(T));
-      std::memcpy(gates + dims, sum, linear * sizeof(T));
-      Cell::template back<T>(size - linear, sum + linear, before, now, gates + dims + linear, further, direct + linear);
-      std::memcpy(sum, direct, size * sizeof(T));  // zeros but for what a cell wrote there
-    }
-    if (encoding) {
-      product<T>(rows, dims, width - dims, wide.data() + dims, w_stride, encoding->direct, wide.data(), w_stride);
-      with_activation(encoding->activation, [&](auto function) {
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t d = 0; d < dims; ++d) wide[r * w_stride + d] *= function.slope(encoding->u->at(begin + r, t)[d]);
-      });
-      T* back = encoding->mask ? masked.data() : grad.data();
-      std::fill(masked.begin(), masked.end(), T(0));
-      product<T>(rows, size, dims, wide.data(), w_stride, encoding->in, back, h_stride);
-      if (encoding->mask)
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t i = 0; i < size; ++i)
-            grad[r * h_stride + i] += masked[r * h_stride + i] * encoding->mask[(begin + r) * size + i];
-    }
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(grad_sums.at(begin + r, j), &wide[r * w_stride], width * sizeof(T));
-    product<T>(rows, size, width, wide.data(), w_stride, to_hidden, grad.data(), h_stride);
-    // The columns of lags 1 to j, from the start of a panel on. What that adds before the first u falls into the room between
-    // rows, what the last vector adds past u j - 1 is spent: neither is ever read.
-    const int64_t column = (chunk - 1 - j) * dims, panel = column / PANEL;
-    if (dims)
-      product<T>(
-          rows, (chunk - 1) * dims - panel * PANEL, width, wide.data(), w_stride,
-          Panels<T>(to_u.column(panel * PANEL), to_u.stride), to_inputs - column % PANEL, u_stride);
-  }
-  for (int64_t r = 0; r < rows; ++r) std::memcpy(carry + (begin + r) * size, &grad[r * h_stride], size * sizeof(T));
-}
-
 template <typename Function>
 void over_rows(int64_t batch, const Function& function) {
   at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
@@ -167,23 +42,188 @@ void over_rows(int64_t batch, const Function& function) {
   });
 }
 
+// What the adjoint of the steps needs beside: transposed matrices, the gradients of the state sequences, and those that pass from
+// step to step.
+template <typename T>
+struct Adjoint {
+  Panels<T> to_hidden, to_u;
+  std::vector<Sequence<T>> grads;
+  T *carry, *carried;
+
+  Adjoint(
+      const at::Tensor& to_hidden, const at::Tensor& to_u, at::TensorList grads, const at::Tensor& carry,
+      const at::Tensor& carried)
+      : to_hidden(to_hidden),
+        to_u(to_u),
+        grads(sequences<T>(grads)),
+        carry(carry.data_ptr<T>()),
+        carried(carried.data_ptr<T>()) {}
+};
+
+// The steps of the chunks of one sequence.
+template <typename T, typename Cell>
+struct Loop {
+  using Type = T;
+  int64_t batch, linear, chunk;
+  std::vector<const T*> initial;
+  std::vector<Sequence<T>> kept;
+  std::optional<Encoding<T>> encoding;
+
+  // Runs `count` steps from step `first` on; `known` begins with it.
+  void forward(
+      int64_t first, int64_t count, const Sequence<T>& known, const Panels<T>& matrix, const Sequence<T>& u) const {
+    over_rows(batch, [&](int64_t begin, int64_t end) { forward_rows(begin, end, first, count, known, matrix, u); });
+  }
+
+  // `grad_u` and `grad_sums` begin with step `first`.
+  void backward(
+      int64_t first, int64_t count, const Adjoint<T>& adjoint, const Sequence<T>& grad_u, const Sequence<T>& grad_sums) const {
+    over_rows(
+        batch, [&](int64_t begin, int64_t end) { backward_rows(begin, end, first, count, adjoint, grad_u, grad_sums); });
+  }
+
+ private:
+  // Points `rows` at step t of every kept tensor, or, before the first step, at the initial states; past the `linear` numbers of
+  // memory in front of the first.
+  void rows_at(int64_t b, int64_t t, T* (&rows)[3]) const {
+    for (int i = 0; i < Cell::kept; ++i)
+      rows[i] = t >= 0 ? kept[i].at(b, t) : (i < Cell::states ? const_cast<T*>(initial[i] + b * kept[i].features) : nullptr);
+    rows[0] += linear;
+  }
+
+  void forward_rows(
+      int64_t begin, int64_t end, int64_t first, int64_t count, const Sequence<T>& known, const Panels<T>& matrix,
+      const Sequence<T>& u) const {
+    const int64_t dims = u.features, size = kept[0].features, width = known.features;
+    const int64_t u_stride = chunk * dims + 1, rows = end - begin;
+    const Panels<T> from_hidden = matrix.from_row(dims ? (chunk - 1) * dims : 0);
+    std::vector<T> sums(rows * padded(width)), past(rows * u_stride), masked(encoding ? rows * size : 0);
+    const int64_t sum_stride = padded(width);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t t = first + j;
+      for (int64_t r = 0; r < rows; ++r) std::memcpy(&sums[r * sum_stride], known.at(begin + r, j), width * sizeof(T));
+      const T* hidden = t > 0 ? kept[0].at(begin, t - 1) : initial[0] + begin * size;
+      product<T>(rows, width, size, hidden, t > 0 ? kept[0].row : size, from_hidden, sums.data(), sum_stride);
+      if (dims)
+        product<T>(
+            rows, width, j * dims, past.data(), u_stride, matrix.from_row((chunk - 1 - j) * dims), sums.data(), sum_stride);
+      if (encoding) {
+        const T* read = hidden;
+        int64_t read_stride = t > 0 ? kept[0].row : size;
+        if (encoding->mask) {
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t i = 0; i < size; ++i)
+              masked[r * size + i] = hidden[r * read_stride + i] * encoding->mask[(begin + r) * size + i];
+          read = masked.data(), read_stride = size;
+        }
+        // What a product adds past its width is zero: the gates behind u stay as they are.
+        product<T>(rows, dims, size, read, read_stride, encoding->in, sums.data(), sum_stride);
+        with_activation(encoding->activation, [&](auto function) {
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t d = 0; d < dims; ++d) sums[r * sum_stride + d] = function.value(sums[r * sum_stride + d]);
+        });
+        product<T>(rows, width - dims, dims, sums.data(), sum_stride, encoding->direct, sums.data() + dims, sum_stride);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        T *now[3], *before[3];
+        rows_at(begin + r, t, now);
+        rows_at(begin + r, t - 1, before);
+        const T* sum = &sums[r * sum_stride];
+        if (dims) {
+          std::memcpy(&past[r * u_stride + j * dims], sum, dims * sizeof(T));
+          std::memcpy(u.at(begin + r, t), sum, dims * sizeof(T));
+        }
+        std::memcpy(now[0] - linear, sum + dims, linear * sizeof(T));
+        Cell::template step<T>(size - linear, sum + dims + linear, before, now);
+      }
+    }
+  }
+
+  void backward_rows(
+      int64_t begin, int64_t end, int64_t first, int64_t count, const Adjoint<T>& adjoint, const Sequence<T>& grad_u,
+      const Sequence<T>& grad_sums) const {
+    const int64_t dims = grad_u.features, size = kept[0].features, width = grad_sums.features;
+    const int64_t rows = end - begin, h_stride = padded(size), w_stride = padded(width), u_stride = padded(chunk * dims);
+    std::vector<T> grad(rows * h_stride), wide(rows * w_stride), inputs(PANEL + rows * u_stride), rest(rows * h_stride);
+    std::vector<T> masked(encoding && encoding->mask ? rows * h_stride : 0);
+    T* to_inputs = inputs.data() + PANEL;
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(&grad[r * h_stride], adjoint.carry + (begin + r) * size, size * sizeof(T));
+      for (int64_t j = 0; j < count; ++j)
+        std::memcpy(to_inputs + r * u_stride + j * dims, grad_u.at(begin + r, j), dims * sizeof(T));
+    }
+    for (int64_t j = count - 1; j >= 0; --j) {
+      const int64_t t = first + j;
+      for (int64_t r = 0; r < rows; ++r) {
+        T *now[3], *before[3];
+        rows_at(begin + r, t, now);
+        rows_at(begin + r, t - 1, before);
+        T *sum = &grad[r * h_stride], *further = nullptr;
+        // Of [m, h], or of h alone.
+        const T* outer = adjoint.grads[0].at(begin + r, t);
+        const int64_t given = adjoint.grads[0].features;
+        for (int64_t i = 0; i < given; ++i) sum[size - given + i] += outer[i];
+        if constexpr (Cell::states > 1) {
+          further = adjoint.carried + (begin + r) * (size - linear);
+          const T* outer_cell = adjoint.grads[1].at(begin + r, t);
+          for (int64_t i = 0; i < size - linear; ++i) further[i] += outer_cell[i];
+        }
+        T *gates = &wide[r * w_stride], *direct = &rest[r * h_stride];
+        std::memcpy(gates, to_inputs + r * u_stride + j * dims, dims * sizeof(T));
+        std::memcpy(gates + dims, sum, linear * sizeof(T));
+        Cell::template back<T>(size - linear, sum + linear, before, now, gates + dims + linear, further, direct + linear);
+        std::memcpy(sum, direct, size * sizeof(T));  // zeros but for what a cell wrote there
+      }
+      if (encoding) {
+        product<T>(rows, dims, width - dims, wide.data() + dims, w_stride, encoding->direct, wide.data(), w_stride);
+        with_activation(encoding->activation, [&](auto function) {
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t d = 0; d < dims; ++d) wide[r * w_stride + d] *= function.slope(encoding->u->at(begin + r, t)[d]);
+        });
+        T* back = encoding->mask ? masked.data() : grad.data();
+        std::fill(masked.begin(), masked.end(), T(0));
+        product<T>(rows, size, dims, wide.data(), w_stride, encoding->in, back, h_stride);
+        if (encoding->mask)
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t i = 0; i < size; ++i)
+              grad[r * h_stride + i] += masked[r * h_stride + i] * encoding->mask[(begin + r) * size + i];
+      }
+      for (int64_t r = 0; r < rows; ++r) std::memcpy(grad_sums.at(begin + r, j), &wide[r * w_stride], width * sizeof(T));
+      product<T>(rows, size, width, wide.data(), w_stride, adjoint.to_hidden, grad.data(), h_stride);
+      // The columns of lags 1 to j, from the start of a panel on. What that adds before the first u falls into the room between
+      // rows, what the last vector adds past u j - 1 is spent: neither is ever read.
+      const int64_t column = (chunk - 1 - j) * dims, panel = column / PANEL;
+      if (dims)
+        product<T>(
+            rows, (chunk - 1) * dims - panel * PANEL, width, wide.data(), w_stride,
+            Panels<T>(adjoint.to_u.column(panel * PANEL), adjoint.to_u.stride), to_inputs - column % PANEL, u_stride);
+    }
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(adjoint.carry + (begin + r) * size, &grad[r * h_stride], size * sizeof(T));
+  }
+};
+
+// Calls function(loop) with the loop for tensors of the type of these states.
+template <typename Function>
+void with_loop(
+    const std::string& kind, int64_t linear, int64_t chunk, at::TensorList states, at::TensorList kept, at::TensorList encoding,
+    const std::optional<at::Tensor>& mask, const std::string& activation, const Function& function) {
+  with_type(states[0], [&](auto scalar) {
+    using T = decltype(scalar);
+    with_cell(kind, [&](auto cell) {
+      function(Loop<T, decltype(cell)>{
+          states[0].size(0), linear, chunk, pointers<T>(states), sequences<T>(kept),
+          Encoding<T>::of(encoding, mask, activation)});
+    });
+  });
+}
+
 void forward(
     const std::string kind, int64_t linear, int64_t first, int64_t count, int64_t chunk, const at::Tensor& known,
     const at::Tensor& matrix, at::TensorList states, at::TensorList kept, const at::Tensor& u, at::TensorList encoding,
     const std::optional<at::Tensor>& mask, const std::string activation) {
-  with_type(known, [&](auto scalar) {
-    using T = decltype(scalar);
-    with_cell(kind, [&](auto cell) {
-      using Cell = decltype(cell);
-      const Sequence<T> knowns(known), inputs(u);
-      const auto keep = sequences<T>(kept);
-      const auto initial = pointers<T>(states);
-      const auto encodes = Encoding<T>::of(encoding, mask, activation);
-      over_rows(known.size(0), [&](int64_t begin, int64_t end) {
-        forward_rows<T, Cell>(
-            begin, end, linear, first, count, chunk, knowns, Panels<T>(matrix), initial, keep, inputs, encodes);
-      });
-    });
+  with_loop(kind, linear, chunk, states, kept, encoding, mask, activation, [&](const auto& loop) {
+    using T = typename std::decay_t<decltype(loop)>::Type;
+    loop.forward(first, count, Sequence<T>(known), Panels<T>(matrix), Sequence<T>(u));
   });
 }
 
@@ -192,20 +232,10 @@ void backward(
     const at::Tensor& to_u, at::TensorList states, at::TensorList kept, at::TensorList grads, const at::Tensor& grad_u,
     const at::Tensor& grad_sums, const at::Tensor& carry, const at::Tensor& carried, at::TensorList encoding,
     const std::optional<at::Tensor>& mask, const std::string activation) {
-  with_type(grad_sums, [&](auto scalar) {
-    using T = decltype(scalar);
-    with_cell(kind, [&](auto cell) {
-      using Cell = decltype(cell);
-      const Sequence<T> inputs(grad_u), bases(grad_sums);
-      const auto keep = sequences<T>(kept), outer = sequences<T>(grads);
-      const auto initial = pointers<T>(states);
-      const auto encodes = Encoding<T>::of(encoding, mask, activation);
-      over_rows(grad_sums.size(0), [&](int64_t begin, int64_t end) {
-        backward_rows<T, Cell>(
-            begin, end, linear, first, count, chunk, Panels<T>(to_hidden), Panels<T>(to_u), initial, keep, outer, inputs, bases,
-            carry.data_ptr<T>(), carried.data_ptr<T>(), encodes);
-      });
-    });
+  with_loop(kind, linear, chunk, states, kept, encoding, mask, activation, [&](const auto& loop) {
+    using T = typename std::decay_t<decltype(loop)>::Type;
+    const Adjoint<T> adjoint(to_hidden, to_u, grads, carry, carried);
+    loop.backward(first, count, adjoint, Sequence<T>(grad_u), Sequence<T>(grad_sums));
   });
 }
 }  // namespace

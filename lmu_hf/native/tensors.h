@@ -17,6 +17,11 @@ struct Sequence {
     TORCH_CHECK(features <= 1 || tensor.stride(2) == 1, "expected contiguous features");
   }
   T* at(int64_t b, int64_t t) const { return data + b * row + t * step; }
+  // The same from step t on.
+  Sequence from(int64_t t) const { return Sequence(data + t * step, row, step, features); }
+
+ private:
+  Sequence(T* data, int64_t row, int64_t step, int64_t features) : data(data), row(row), step(step), features(features) {}
 };
 
 template <typename T>
