@@ -160,11 +160,15 @@ class _ChunkedScan(torch.autograd.Function):
                 memory = scan.feedback_forward(first, known, u, starts, memory, operators)
                 continue
             if memory is not None:
-                for at in range(first, first + length, chunk):
-                    starts[:, at // chunk] = memory.flatten(1)
-                    if at + chunk < total:
-                        memory = advance(memory, u[:, at : at + chunk], operators)
-                of_chunks = starts[:, sizes.of_chunks(first, length)].flatten(0, 1)
+                chunks = sizes.of_chunks(first, length)
+                if _at_once(step):
+                    memory = _start_all(memory, u[:, first : first + length], starts[:, chunks], operators)
+                else:
+                    for at in range(first, first + length, chunk):
+                        starts[:, at // chunk] = memory.flatten(1)
+                        if at + chunk < total:
+                            memory = advance(memory, u[:, at : at + chunk], operators)
+                of_chunks = starts[:, chunks].flatten(0, 1)
                 u_of_chunks = u[:, first : first + length].reshape(len(of_chunks), -1)
                 if operators.read is None:
                     with full_float32(step):
@@ -205,7 +209,12 @@ class _ChunkedScan(torch.autograd.Function):
         scan.start_backward(_arriving(grad_sequences, kept[: ctx.states], ctx.settings.cell.linear))
         grad_given = torch.empty_like(given) if needed["given"] else None
         weights = {"weight": weight, "bias": bias, **operators._asdict()}
-        grads = {name: torch.zeros_like(tensor) for name, tensor in weights.items() if needed[name]}
+        # Contiguous, whatever the strides of a weight: those of a view with one row are refused by cuBLAS.
+        grads = {
+            name: torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+            for name, tensor in weights.items()
+            if needed[name]
+        }
         inputs: Any = None  # gradient of u
         if dims:
             inputs = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
@@ -335,6 +344,49 @@ def _before(initial: Tensor, hidden: Tensor, first: int, length: int) -> Tensor:
     return before if first else torch.cat([initial[:, None], before], dim=1)
 
 
+def _at_once(like: Tensor) -> bool:
+    """Whether the memories at the start of all chunks are computed together rather than one after the other: where launches are
+    what costs."""
+    return like.is_cuda
+
+
+def _start_all(memory: Tensor, u: Tensor, starts: Tensor, operators: ChunkOperators) -> Tensor:
+    """Writes the memory at the start of each chunk of a segment, and returns it at its end.
+
+    Args:
+        memory: m before the segment (B, D, N).
+        u: of the segment (B, L, D).
+        starts: (B, L / C, D * N).
+        operators: the matrices of a chunk.
+    """
+    power, response = operators.advance
+    by_chunk = u.reshape(-1, operators.chunk, u.shape[2])
+    with full_float32(power):
+        added = unfold_state(fold_rows(by_chunk, len(power)) @ response, by_chunk[:, 0].shape)
+        states = chain(memory, added.unflatten(0, (len(u), -1)), power.mT)
+    starts.copy_(states[:, :-1].flatten(2))
+    return states[:, -1]
+
+
+def chain(first: Tensor, added: Tensor, matrix: Tensor) -> Tensor:
+    """x[0] = first, x[k] = x[k - 1] @ matrix + added[k - 1]: of first (B, D, N), added (B, K, D, N),
+    matrix (S, N, N): (B, K + 1, D, N).
+
+    By doubling, in log2(K) large products rather than K small ones: more arithmetic, but fewer launches.
+    """
+    x = torch.cat([first[:, None], added], dim=1)
+    x = x.transpose(0, 1)[None] if len(matrix) == 1 else x.permute(2, 1, 0, 3)  # (S, K + 1, B, D / S ..., N)
+    x, shape = x.contiguous(), x.shape
+    count, reach = shape[1], 1
+    while reach < count:
+        earlier = x[:, :-reach]
+        x[:, reach:] += (earlier.reshape(len(matrix), -1, shape[-1]) @ matrix).view_as(earlier)
+        reach *= 2
+        if reach < count:
+            matrix = matrix @ matrix
+    return x[0].transpose(0, 1) if len(matrix) == 1 else x.permute(2, 1, 0, 3)
+
+
 def _send_back(grad_u: Tensor, to_starts: Tensor, arrived: Tensor, operators: ChunkOperators) -> None:
     """The adjoint of a segment's :func:`advance`: adds what the memory at the end of each chunk sends back to u (B, L, D).
 
@@ -346,9 +398,13 @@ def _send_back(grad_u: Tensor, to_starts: Tensor, arrived: Tensor, operators: Ch
     to_starts = to_starts.reshape(batch, places - 1, -1)
     states = arrived.unflatten(2, (-1, power.shape[1]))
     with full_float32(power):
-        for index in reversed(range(places - 1)):
-            sent = unfold_state(fold_state(states[:, index + 1], len(power)) @ power, states[:, 0].shape)
-            torch.add(to_starts[:, index], sent.flatten(1), out=arrived[:, index])
+        if _at_once(power):
+            newest_first = to_starts.flip(1).unflatten(2, (-1, power.shape[1]))
+            states.copy_(chain(states[:, -1], newest_first, power).flip(1))
+        else:
+            for index in reversed(range(places - 1)):
+                sent = unfold_state(fold_state(states[:, index + 1], len(power)) @ power, states[:, 0].shape)
+                torch.add(to_starts[:, index], sent.flatten(1), out=arrived[:, index])
         ends = states[:, 1:].flatten(0, 1)
         sent = unfold_rows(fold_state(ends, len(power)) @ response.mT, len(ends))
         grad_u += sent.reshape(grad_u.shape)

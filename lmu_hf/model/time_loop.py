@@ -118,14 +118,15 @@ class TimeLoop:
         """
         assert operators.fold is not None
         chunk, steps, batch = operators.chunk, self.kept[0].shape[1], len(known)
-        for at in range(first, first + known.shape[1], chunk):
-            starts[:, at // chunk] = memory.flatten(1)
-            part = known[:, at - first : at - first + chunk]
+        begun, inputs = starts.unbind(1), u.unflatten(1, (-1, chunk)).unbind(1)
+        for at, part in zip(range(first, steps, chunk), known.unflatten(1, (-1, chunk)).unbind(1), strict=False):
+            index = at // chunk
+            start = begun[index].copy_(memory.flatten(1))
             with full_float32(known):
-                part.view(batch, -1).addmm_(starts[:, at // chunk], operators.fold)
+                part.view(batch, -1).addmm_(start, operators.fold)
             self.forward(at, min(chunk, steps - at), part, u)
-            if at + chunk < u.shape[1]:
-                memory = advance(memory, u[:, at : at + chunk], operators)
+            if at + chunk < steps:
+                memory = advance(memory, inputs[index], operators)
         return memory
 
     def feedback_backward(
@@ -151,25 +152,40 @@ class TimeLoop:
         (power, response), fold = operators.advance, operators.fold
         assert fold is not None
         chunk, steps, batch = operators.chunk, self.kept[0].shape[1], len(grad_u)
-        for index in reversed(range(arrived.shape[1] - 1)):
+        response, fold = response.mT, fold.mT
+        places, parts = arrived.unbind(1), grad_sums.unflatten(1, (-1, chunk)).unbind(1)
+        inputs = grad_u.unflatten(1, (-1, chunk)).unbind(1)
+        after = places[-1]
+        for index, part in reversed(list(enumerate(parts))):
             at = first + index * chunk
             # What the memory at the end of the chunk sends back, to the u of the chunk and to the memory at its start.
-            after = arrived[:, index + 1].unflatten(1, (grad_u.shape[2], -1))
-            rows = fold_state(after, len(power))
-            arriving = grad_u[:, at : at + chunk]
+            rows = fold_state(after.view(batch, grad_u.shape[2], -1), len(power))
+            arriving = inputs[at // chunk]
             with full_float32(power):
-                arriving += unfold_rows(rows @ response.mT, batch)
-                start = unfold_state(rows @ power, after.shape).flatten(1)
-            part = grad_sums[:, at - first : at - first + chunk]
+                arriving += unfold_rows(_product(rows, response), batch)
+                after = unfold_state(_product(rows, power), grad_u.shape).flatten(1)
             self.backward(at, min(chunk, steps - at), arriving, part)
             with full_float32(power):
-                start.addmm_(part.view(batch, -1), fold.mT)
-            arrived[:, index] = start if grad_starts is None else start + grad_starts[:, at // chunk]
+                after.addmm_(part.view(batch, -1), fold)
+            if grad_starts is not None:
+                after += grad_starts[:, at // chunk]
+            places[index].copy_(after)
 
 
 def advance(memory: Tensor, u: Tensor, operators: ChunkOperators) -> Tensor:
     """The memory a chunk later: m (B, D, N), u (B, C, D)."""
     power, response = operators.advance
+    rows, states = fold_rows(u, len(power)), fold_state(memory, len(power))
     with full_float32(memory):
-        driven = fold_rows(u, len(power)) @ response
-        return unfold_state(torch.baddbmm(driven, fold_state(memory, len(power)), power.mT), memory.shape)
+        after = _product(rows, response)
+        if len(power) == 1:
+            after[0].addmm_(states[0], power[0].mT)
+        else:
+            after.baddbmm_(states, power.mT)
+    return unfold_state(after, memory.shape)
+
+
+def _product(rows: Tensor, stack: Tensor) -> Tensor:
+    """rows (S, R, X) @ stack (S, X, Y). Of a single matrix without the detour through a stack, which takes as long again on a
+    GPU, where such products are so small that launching them is what costs."""
+    return torch.mm(rows[0], stack[0])[None] if len(stack) == 1 else torch.bmm(rows, stack)

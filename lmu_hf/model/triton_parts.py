@@ -64,23 +64,24 @@ def write(tensor, column, live, fits, value):
 
 
 @triton.jit
-def hold(matrix, stride: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
-    """(SIZE, PADDED) numbers of a matrix, (1, BLOCK, BLOCK)."""
-    k = tl.arange(0, BLOCK)[None, :, None]
+def hold(matrix, stride: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The first rows of a matrix (SIZE, PADDED), as (1, ROWS, BLOCK)."""
+    k = tl.arange(0, ROWS)[None, :, None]
     n = tl.arange(0, BLOCK)[None, None, :]
     return tl.load(matrix + k * stride + n, mask=(k < SIZE) & (n < PADDED), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def by_held(row, live, held, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def by_held(row, live, held, SIZE: tl.constexpr, ROWS: tl.constexpr):
     """row (BLOCK_B, SIZE) @ what :func:`hold` gave."""
-    k = tl.arange(0, BLOCK)[None, :, None]
+    k = tl.arange(0, ROWS)[None, :, None]
     left = tl.load(row[:, None, None] + k, mask=live[:, None, None] & (k < SIZE), other=0.0)
     return tl.sum(left * held, axis=1)
 
 
 @triton.jit
-def product(
+def add_product(
+    part,
     row,
     live,
     matrix,
@@ -89,26 +90,36 @@ def product(
     inner,
     k_stride,
     n_stride,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """row (BLOCK_B, inner) @ matrix (inner, columns)[:, column]."""
-    # Three axes from the start, and summed up once at the end: tiles then stay in the threads that loaded them.
-    part = tl.full([BLOCK_B, BLOCK_K, BLOCK_N], 0.0, tl.float32)
-    for start in range(0, inner, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)[None, :, None]
-        left = tl.load(row[:, None, None] + k, mask=live[:, None, None] & (k < inner), other=0.0)
-        n = column[None, None, :]
-        right = tl.load(matrix + k * k_stride + n * n_stride, mask=(k < inner) & fits[None, None, :], other=0.0)
-        part += left * right.to(tl.float32)
-    return tl.sum(part, axis=1)
+    """Adds to ``part`` (BLOCK_B, BLOCK_K, BLOCK_N) what summed over its second axis is row (BLOCK_B, inner) @ matrix[:, column].
+
+    Several products are summed up once: each sum has all threads wait for each other. Three axes from the start, because then
+    the numbers of a tile stay in the threads that loaded them. The loads of UNROLL tiles are under way together; of 0, there is
+    only one tile, and no loop.
+    """
+    if UNROLL == 0:
+        part += tile(row, live, matrix, column, fits, 0, inner, k_stride, n_stride, BLOCK_K)
+    else:
+        for start in tl.range(0, inner, BLOCK_K, loop_unroll_factor=UNROLL):
+            part += tile(row, live, matrix, column, fits, start, inner, k_stride, n_stride, BLOCK_K)
+    return part
+
+
+@triton.jit
+def tile(row, live, matrix, column, fits, start, inner, k_stride, n_stride, BLOCK_K: tl.constexpr):
+    """Rows ``start`` to ``start`` + BLOCK_K of a product, not yet summed up."""
+    k = start + tl.arange(0, BLOCK_K)[None, :, None]
+    left = tl.load(row[:, None, None] + k, mask=live[:, None, None] & (k < inner), other=0.0)
+    n = column[None, None, :]
+    right = tl.load(matrix + k * k_stride + n * n_stride, mask=(k < inner) & fits[None, None, :], other=0.0)
+    return left * right.to(tl.float32)
 
 
 @triton.jit
 def gate(
     number: tl.constexpr,
-    known,
     before,
     past,
     live,
@@ -120,23 +131,26 @@ def gate(
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     GATES: tl.constexpr,
-    DIMS: tl.constexpr,
+    PAST: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HELD: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """known + h @ R + [u of the chunk so far] @ G of some units' gate."""
-    column = DIMS + number * SIZE + n
-    total = read(known, column, live, n < SIZE)
-    if HELD:
-        total += by_held(before, live, held, SIZE, BLOCK_N)
-    else:
-        matrix = recurrent + number * PADDED
-        total += product(before, live, matrix, n, n < PADDED, SIZE, GATES * PADDED, 1, BLOCK_B, BLOCK_N, BLOCK_K)
-    if DIMS > 0:
-        width = DIMS + GATES * SIZE
-        total += product(past, live, kernel, column, n < SIZE, used, width, 1, BLOCK_B, BLOCK_N, BLOCK_K)
+    """h @ R + [u of the chunk so far] @ G of some units' gate."""
+    stride: tl.constexpr = GATES * PADDED
+    column = number * PADDED + n
+    fits = n < PADDED
+    part = tl.full([BLOCK_B, BLOCK_K, BLOCK_N], 0.0, tl.float32)
+    if PAST > 0:
+        part = add_product(part, past, live, kernel, column, fits, used, stride, 1, BLOCK_K, PAST > BLOCK_K)
+    if HELD < SIZE:
+        rest = recurrent + HELD * stride
+        part = add_product(part, before + HELD, live, rest, column, fits, SIZE - HELD, stride, 1, BLOCK_K, UNROLL)
+    total = tl.sum(part, axis=1)
+    if HELD > 0:
+        total += by_held(before, live, held, SIZE, HELD)
     return total
 
 
@@ -158,14 +172,27 @@ def arriving(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HELD: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Gradients of the sums of the step after @ R^T: what reaches some units of h."""
-    inner: tl.constexpr = DIMS if HELD else DIMS + GATES * SIZE
-    total = product(later, live, transposed, n, n < PADDED, inner, PADDED, 1, BLOCK_B, BLOCK_N, BLOCK_K)
-    if HELD:
-        total += by_held(later + DIMS, live, held_0, SIZE, BLOCK_N)
+    fits = n < PADDED
+    part = tl.full([BLOCK_B, BLOCK_K, BLOCK_N], 0.0, tl.float32)
+    if HELD == 0:
+        width: tl.constexpr = DIMS + GATES * SIZE
+        part = add_product(part, later, live, transposed, n, fits, width, PADDED, 1, BLOCK_K, UNROLL)
+    else:
+        if DIMS > 0:
+            part = add_product(part, later, live, transposed, n, fits, DIMS, PADDED, 1, BLOCK_K, DIMS > BLOCK_K)
+        if HELD < SIZE:
+            for number in tl.static_range(GATES):
+                above = DIMS + number * SIZE + HELD
+                rest = transposed + above * PADDED
+                part = add_product(part, later + above, live, rest, n, fits, SIZE - HELD, PADDED, 1, BLOCK_K, UNROLL)
+    total = tl.sum(part, axis=1)
+    if HELD > 0:
+        total += by_held(later + DIMS, live, held_0, SIZE, HELD)
         if GATES == 4:
-            total += by_held(later + DIMS + SIZE, live, held_1, SIZE, BLOCK_N)
-            total += by_held(later + DIMS + 2 * SIZE, live, held_2, SIZE, BLOCK_N)
-            total += by_held(later + DIMS + 3 * SIZE, live, held_3, SIZE, BLOCK_N)
+            total += by_held(later + DIMS + SIZE, live, held_1, SIZE, HELD)
+            total += by_held(later + DIMS + 2 * SIZE, live, held_2, SIZE, HELD)
+            total += by_held(later + DIMS + 3 * SIZE, live, held_3, SIZE, HELD)
     return total

@@ -32,6 +32,7 @@ except ImportError:
     raise
 
 import contextlib
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .time_loop import State, TimeLoop
-from .triton_parts import activation, arriving, derivative, gate, hold, product, read, sigmoid, tanh, write
+from .triton_parts import activation, add_product, arriving, derivative, gate, hold, read, sigmoid, tanh, write
 
 # The pointwise steps that the kernels know; keys of GATES.
 KINDS = ("tanh", "sigmoid", "relu", "linear", "lstm", "gru")
@@ -55,9 +56,9 @@ _TILE = 1 << 13
 @triton.jit(do_not_specialize=["first", "count"])
 def forward_kernel(
     known,
-    step,
+    to_u,
+    kernel,
     recurrent,
-    encoder,
     u,
     hidden,
     cell,
@@ -80,67 +81,82 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     ALIGNED: tl.constexpr,
     HELD: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """:meth:`NaiveScan.forward`, BLOCK_N units and BLOCK_D numbers of u at a time, in tiles of BLOCK_K and BLOCK_R rows.
 
-    ``recurrent`` is R without its columns for u, each gate filled up to PADDED columns; these columns, transposed, are
-    ``encoder`` (D, H).
+    ``to_u`` (D, (C - 1) * D + H) are the columns of the step matrix that make u, transposed. The others, each gate filled up to
+    PADDED columns, are ``kernel`` ((C - 1) * D, ...), which multiplies the u of the chunk so far, and ``recurrent`` (H, ...).
     """
     GATES: tl.constexpr = 4 if KIND == "lstm" or KIND == "gru" else 1
     PADDED: tl.constexpr = (SIZE + ALIGNED - 1) // ALIGNED * ALIGNED
-    WIDTH: tl.constexpr = DIMS + GATES * SIZE
+    PAST: tl.constexpr = (CHUNK - 1) * DIMS
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = row < batch
     held_0 = row
     held_1 = row
     held_2 = row
     held_3 = row
-    if HELD:
-        held_0 = hold(recurrent, GATES * PADDED, SIZE, PADDED, BLOCK_N)
+    if HELD > 0:
+        held_0 = hold(recurrent, GATES * PADDED, SIZE, PADDED, HELD, BLOCK_N)
         if GATES == 4:
-            held_1 = hold(recurrent + PADDED, GATES * PADDED, SIZE, PADDED, BLOCK_N)
-            held_2 = hold(recurrent + 2 * PADDED, GATES * PADDED, SIZE, PADDED, BLOCK_N)
-            held_3 = hold(recurrent + 3 * PADDED, GATES * PADDED, SIZE, PADDED, BLOCK_N)
+            held_1 = hold(recurrent + PADDED, GATES * PADDED, SIZE, PADDED, HELD, BLOCK_N)
+            held_2 = hold(recurrent + 2 * PADDED, GATES * PADDED, SIZE, PADDED, HELD, BLOCK_N)
+            held_3 = hold(recurrent + 3 * PADDED, GATES * PADDED, SIZE, PADDED, HELD, BLOCK_N)
     for j in range(count):
         t = first + j
         now = known + row * known_row + j * known_step
         past = u + row * u_row + first * DIMS
         used = j * DIMS
-        kernel = step + (CHUNK - 1 - j) * DIMS * WIDTH
+        short = kernel + (PAST - used) * (GATES * PADDED)
         if t == 0:
             before = initial + row * SIZE
             cell_before = initial_cell + row * SIZE
         else:
             before = hidden + (row * steps + t - 1) * SIZE
             cell_before = cell + (row * steps + t - 1) * SIZE
-        if DIMS > 0:
-            for start in range(0, DIMS, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                value = read(now, d, live, d < DIMS)
-                value += product(before, live, encoder, d, d < DIMS, SIZE, 1, SIZE, BLOCK_B, BLOCK_D, BLOCK_R)
-                value += product(past, live, kernel, d, d < DIMS, used, WIDTH, 1, BLOCK_B, BLOCK_D, BLOCK_R)
-                write(past + used, d, live, d < DIMS, value)
+        # Loads come before the sums, at which all threads wait for each other: those of u, used last, and of what is known.
+        for start in tl.static_range(0, DIMS, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            inputs = read(now, d, live, d < DIMS)
+            part = tl.full([BLOCK_B, BLOCK_R, BLOCK_D], 0.0, tl.float32)
+            part = add_product(
+                part, past, live, to_u + PAST - used, d, d < DIMS, used, 1, PAST + SIZE, BLOCK_R, PAST > BLOCK_R
+            )
+            part = add_product(part, before, live, to_u + PAST, d, d < DIMS, SIZE, 1, PAST + SIZE, BLOCK_R, SIZE > BLOCK_R)
+            if DIMS > BLOCK_D:
+                write(past + used, d, live, d < DIMS, inputs + tl.sum(part, axis=1))
         for start in range(0, SIZE, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
             fits = n < SIZE
-            sum_0 = gate(
-                0, now, before, past, live, recurrent, kernel, held_0, n, used,
-                SIZE, PADDED, GATES, DIMS, BLOCK_B, BLOCK_N, BLOCK_K, HELD,
+            sum_0 = read(now + DIMS, n, live, fits)
+            if GATES == 4:
+                sum_1 = read(now + DIMS + SIZE, n, live, fits)
+                sum_2 = read(now + DIMS + 2 * SIZE, n, live, fits)
+                sum_3 = read(now + DIMS + 3 * SIZE, n, live, fits)
+                if KIND == "lstm":
+                    state = read(cell_before, n, live, fits)
+                else:
+                    state = read(before, n, live, fits)
+            sum_0 += gate(
+                0, before, past, live, recurrent, short, held_0, n, used,
+                SIZE, PADDED, GATES, PAST, BLOCK_B, BLOCK_N, BLOCK_K, HELD, UNROLL,
             )  # fmt: skip
             if GATES == 4:
-                sum_1 = gate(
-                    1, now, before, past, live, recurrent, kernel, held_1, n, used,
-                    SIZE, PADDED, GATES, DIMS, BLOCK_B, BLOCK_N, BLOCK_K, HELD,
+                sum_1 += gate(
+                    1, before, past, live, recurrent, short, held_1, n, used,
+                    SIZE, PADDED, GATES, PAST, BLOCK_B, BLOCK_N, BLOCK_K, HELD, UNROLL,
                 )  # fmt: skip
-                sum_2 = gate(
-                    2, now, before, past, live, recurrent, kernel, held_2, n, used,
-                    SIZE, PADDED, GATES, DIMS, BLOCK_B, BLOCK_N, BLOCK_K, HELD,
+                sum_2 += gate(
+                    2, before, past, live, recurrent, short, held_2, n, used,
+                    SIZE, PADDED, GATES, PAST, BLOCK_B, BLOCK_N, BLOCK_K, HELD, UNROLL,
                 )  # fmt: skip
-                sum_3 = gate(
-                    3, now, before, past, live, recurrent, kernel, held_3, n, used,
-                    SIZE, PADDED, GATES, DIMS, BLOCK_B, BLOCK_N, BLOCK_K, HELD,
+                sum_3 += gate(
+                    3, before, past, live, recurrent, short, held_3, n, used,
+                    SIZE, PADDED, GATES, PAST, BLOCK_B, BLOCK_N, BLOCK_K, HELD, UNROLL,
                 )  # fmt: skip
                 kept = gates + (row * steps + t) * (4 * SIZE)
                 if KIND == "lstm":
@@ -148,7 +164,7 @@ def forward_kernel(
                     value_1 = sigmoid(sum_1)
                     value_2 = tanh(sum_2)
                     value_3 = sigmoid(sum_3)
-                    state = value_1 * read(cell_before, n, live, fits) + value_0 * value_2
+                    state = value_1 * state + value_0 * value_2
                     write(cell + (row * steps + t) * SIZE, n, live, fits, state)
                     output = value_3 * tanh(state)
                 else:
@@ -156,7 +172,7 @@ def forward_kernel(
                     value_1 = sigmoid(sum_1)
                     value_2 = tanh(sum_2 + value_0 * sum_3)
                     value_3 = sum_3
-                    output = value_2 + value_1 * (read(before, n, live, fits) - value_2)
+                    output = value_2 + value_1 * (state - value_2)
                 write(kept, n, live, fits, value_0)
                 write(kept, n + SIZE, live, fits, value_1)
                 write(kept, n + 2 * SIZE, live, fits, value_2)
@@ -164,12 +180,14 @@ def forward_kernel(
             else:
                 output = activation(sum_0, KIND)
             write(hidden + (row * steps + t) * SIZE, n, live, fits, output)
+        if DIMS > 0 and DIMS <= BLOCK_D:
+            write(past + used, d, live, d < DIMS, inputs + tl.sum(part, axis=1))
         tl.debug_barrier()  # the next step reads what other threads wrote
 
 
 @triton.jit(do_not_specialize=["first", "count"])
 def backward_kernel(
-    step,
+    lags,
     transposed,
     grad_u,
     grad_sums,
@@ -188,7 +206,6 @@ def backward_kernel(
     steps,
     grad_u_row,
     sums_row,
-    sums_step,
     KIND: tl.constexpr,
     SIZE: tl.constexpr,
     DIMS: tl.constexpr,
@@ -198,63 +215,56 @@ def backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     ALIGNED: tl.constexpr,
     HELD: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """:meth:`NaiveScan.backward`, each gradient gathered from those of the later steps rather than added to by them.
 
-    ``transposed`` is R^T (W, PADDED), filled up with zeros. ``carry`` (B, H) passes what reaches h from one call to the next;
-    ``carried`` (2, B, H) from step to step what reaches the cell state of an LSTM, or h past the gates of a GRU: even and odd
-    steps take turns, so that no thread overwrites what another has yet to read.
+    ``lags`` (D, (C - 1) * W) is what u contributes to the sums of the steps after it. ``transposed`` is R^T (W, PADDED), filled
+    up with zeros. ``carry`` (B, H) passes what reaches h from one call to the next; ``carried`` (2, B, H) from step to step what
+    reaches the cell state of an LSTM, or h past the gates of a GRU: even and odd steps take turns, so that no thread overwrites
+    what another has yet to read. The gradients of a row's sums follow each other in ``grad_sums``.
     """
     GATES: tl.constexpr = 4 if KIND == "lstm" or KIND == "gru" else 1
     PADDED: tl.constexpr = (SIZE + ALIGNED - 1) // ALIGNED * ALIGNED
     WIDTH: tl.constexpr = DIMS + GATES * SIZE
+    LATER: tl.constexpr = (CHUNK - 1) * WIDTH
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = row < batch
     held_0 = row
     held_1 = row
     held_2 = row
     held_3 = row
-    if HELD:
-        held_0 = hold(transposed + DIMS * PADDED, PADDED, SIZE, PADDED, BLOCK_N)
+    if HELD > 0:
+        held_0 = hold(transposed + DIMS * PADDED, PADDED, SIZE, PADDED, HELD, BLOCK_N)
         if GATES == 4:
-            held_1 = hold(transposed + (DIMS + SIZE) * PADDED, PADDED, SIZE, PADDED, BLOCK_N)
-            held_2 = hold(transposed + (DIMS + 2 * SIZE) * PADDED, PADDED, SIZE, PADDED, BLOCK_N)
-            held_3 = hold(transposed + (DIMS + 3 * SIZE) * PADDED, PADDED, SIZE, PADDED, BLOCK_N)
+            held_1 = hold(transposed + (DIMS + SIZE) * PADDED, PADDED, SIZE, PADDED, HELD, BLOCK_N)
+            held_2 = hold(transposed + (DIMS + 2 * SIZE) * PADDED, PADDED, SIZE, PADDED, HELD, BLOCK_N)
+            held_3 = hold(transposed + (DIMS + 3 * SIZE) * PADDED, PADDED, SIZE, PADDED, HELD, BLOCK_N)
     for back in range(count):
         j = count - 1 - back
         t = first + j
-        now = grad_sums + row * sums_row + j * sums_step
+        now = grad_sums + row * sums_row + j * WIDTH
         carried_out = carried + ((t % 2) * batch + row) * SIZE
         carried_in = carried + (((t + 1) % 2) * batch + row) * SIZE
-        if DIMS > 0:
-            for start in range(0, DIMS, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                value = read(grad_u + row * grad_u_row + j * DIMS, d, live, d < DIMS)
-                for lag in range(1, count - j):
-                    # Row (C - 1 - lag) D + d of the step matrix is what this u contributed to the sums ``lag`` steps later.
-                    value += product(
-                        now + lag * sums_step, live, step + (CHUNK - 1 - lag) * DIMS * WIDTH, d, d < DIMS,
-                        WIDTH, 1, WIDTH, BLOCK_B, BLOCK_D, BLOCK_R,
-                    )  # fmt: skip
-                write(now, d, live, d < DIMS, value)
+        for start in tl.static_range(0, DIMS, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            inputs = read(grad_u + row * grad_u_row + j * DIMS, d, live, d < DIMS)
+            part = tl.full([BLOCK_B, BLOCK_L, BLOCK_D], 0.0, tl.float32)
+            # The gradients of later steps' sums follow each other.
+            part = add_product(part, now + WIDTH, live, lags, d, d < DIMS, back * WIDTH, 1, LATER, BLOCK_L, LATER > BLOCK_L)
+            if DIMS > BLOCK_D:
+                write(now, d, live, d < DIMS, inputs + tl.sum(part, axis=1))
         for start in range(0, SIZE, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
             fits = n < SIZE
-            if back == 0:
-                grad = read(carry + row * SIZE, n, live, fits)
-            else:
-                grad = arriving(
-                    now + sums_step, live, transposed, held_0, held_1, held_2, held_3, n,
-                    SIZE, PADDED, GATES, DIMS, BLOCK_B, BLOCK_N, BLOCK_K, HELD,
-                )  # fmt: skip
-                if KIND == "gru":
-                    grad += read(carried_in, n, live, fits)
             here = (row * steps + t) * SIZE
-            grad += read(grads + here, n, live, fits)
-            gate = now + DIMS
-            if GATES == 4:
+            grad = read(grads + here, n, live, fits)
+            if GATES == 1:
+                output = read(hidden + here, n, live, fits)
+            else:
                 kept = gates + (row * steps + t) * (4 * SIZE)
                 value_0 = read(kept, n, live, fits)
                 value_1 = read(kept, n + SIZE, live, fits)
@@ -269,15 +279,30 @@ def backward_kernel(
                 if KIND == "lstm":
                     squashed = tanh(read(cell + here, n, live, fits))
                     state = read(grads_cell + here, n, live, fits) + read(carried_in, n, live, fits)
+                    old = read(cell_before, n, live, fits)
+                else:
+                    old = read(before, n, live, fits)
+            if back == 0:
+                grad += read(carry + row * SIZE, n, live, fits)
+            else:
+                grad += arriving(
+                    now + WIDTH, live, transposed, held_0, held_1, held_2, held_3, n,
+                    SIZE, PADDED, GATES, DIMS, BLOCK_B, BLOCK_N, BLOCK_K, HELD, UNROLL,
+                )  # fmt: skip
+                if KIND == "gru":
+                    grad += read(carried_in, n, live, fits)
+            gate = now + DIMS
+            if GATES == 4:
+                if KIND == "lstm":
                     state += grad * value_3 * (1.0 - squashed * squashed)
                     grad_0 = state * value_2 * ((1.0 - value_0) * value_0)
-                    grad_1 = state * read(cell_before, n, live, fits) * ((1.0 - value_1) * value_1)
+                    grad_1 = state * old * ((1.0 - value_1) * value_1)
                     grad_2 = state * value_0 * (1.0 - value_2 * value_2)
                     grad_3 = grad * squashed * ((1.0 - value_3) * value_3)
                     write(carried_out, n, live, fits, state * value_1)
                 else:
                     direct = grad * value_1
-                    grad_1 = grad * (read(before, n, live, fits) - value_2) * ((1.0 - value_1) * value_1)
+                    grad_1 = grad * (old - value_2) * ((1.0 - value_1) * value_1)
                     grad_2 = (grad - direct) * (1.0 - value_2 * value_2)
                     grad_0 = grad_2 * value_3 * ((1.0 - value_0) * value_0)
                     grad_3 = grad_2 * value_0
@@ -287,8 +312,9 @@ def backward_kernel(
                 write(gate, n + 2 * SIZE, live, fits, grad_2)
                 write(gate, n + 3 * SIZE, live, fits, grad_3)
             else:
-                output = read(hidden + here, n, live, fits)
                 write(gate, n, live, fits, derivative(grad, output, KIND))
+        if DIMS > 0 and DIMS <= BLOCK_D:
+            write(now, d, live, d < DIMS, inputs + tl.sum(part, axis=1))
         tl.debug_barrier()
     earliest = grad_sums + row * sums_row
     for start in range(0, SIZE, BLOCK_N):
@@ -296,7 +322,7 @@ def backward_kernel(
         fits = n < SIZE
         value = arriving(
             earliest, live, transposed, held_0, held_1, held_2, held_3, n,
-            SIZE, PADDED, GATES, DIMS, BLOCK_B, BLOCK_N, BLOCK_K, HELD,
+            SIZE, PADDED, GATES, DIMS, BLOCK_B, BLOCK_N, BLOCK_K, HELD, UNROLL,
         )  # fmt: skip
         if KIND == "gru":
             value += read(carried + ((first % 2) * batch + row) * SIZE, n, live, fits)
@@ -307,7 +333,7 @@ def block_sizes(kind: str, size: int, dims: int, chunk: int, rows: int) -> dict[
     """The constants of both kernels for so many rows per program, and their number of warps."""
     width = min(max(triton.next_power_of_2(max(size, 1)), 16), 256)
     gates = 4 if kind in ("lstm", "gru") else 1
-    held = rows == 1 and 0 < size <= width and gates * width * width <= _HELD
+    held = width if rows == 1 and 0 < size <= width and gates * width * width <= _HELD else 0
     tile = _TILE // rows
     dims_at_once = min(triton.next_power_of_2(max(dims, 1)), 64)
     longest = triton.next_power_of_2(max(size, chunk * dims, 16))
@@ -321,17 +347,19 @@ def block_sizes(kind: str, size: int, dims: int, chunk: int, rows: int) -> dict[
         "BLOCK_K": min(max(tile // width, 8), 64),
         "BLOCK_D": dims_at_once,
         "BLOCK_R": min(max(tile // dims_at_once, 16), longest, 1024),
+        "BLOCK_L": max(min(tile // 2, 2048) // dims_at_once, 16),
         "ALIGNED": _ALIGNED,
         "HELD": held,
-        "num_warps": 16 if held and gates * width * width > _TILE else 8,
+        "UNROLL": 2,
+        "num_warps": 16 if gates * held * width > _TILE else 8,
         "num_stages": 1,  # no load is moved across steps
     }
 
 
 def rows_per_program(batch: int, like: Tensor) -> int:
-    """One as long as a program per row does not fill the device twice, then two, then four."""
+    """One, two or four: the fewest that leave no program waiting for a processor, each of which has registers for one of them."""
     processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 1
-    return next((rows for rows in (1, 2) if batch <= 2 * rows * processors), 4)
+    return next((rows for rows in (1, 2) if batch <= rows * processors), 4)
 
 
 class TritonScan(TimeLoop):
@@ -343,10 +371,8 @@ class TritonScan(TimeLoop):
         super().__init__(*args, **kwargs)
         self.batch, size = self.states[0].shape
         self.steps = self.kept[0].shape[1]
-        self.step = self.step.contiguous()
-        recurrent = self.step[len(self.step) - size :]
-        self.recurrent = recurrent.bfloat16() if self.half else recurrent  # (H, W)
-        self.matrices: tuple[Tensor, Tensor] | None = None
+        self.past, recurrent = self.step.tensor_split([len(self.step) - size])  # of u ((C - 1) * D, W), of h (H, W)
+        self.recurrent = recurrent.bfloat16() if self.half else recurrent
         rows = rows_per_program(self.batch, self.step)
         self.sizes = block_sizes(self.cell.kind, size, self.dims, self.chunk, rows)
         self.states = tuple(state.contiguous() for state in self.states)
@@ -355,18 +381,18 @@ class TritonScan(TimeLoop):
         self.kept = (hidden, further[0] if self.cell.kind == "lstm" else hidden, self.kept[-1])
         self.grid = (triton.cdiv(self.batch, self.sizes["BLOCK_B"]),)
 
+    @cached_property
+    def forwards(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The matrices as the kernel of this direction takes them."""
+        of_u = torch.cat([self.past[:, : self.dims], self.recurrent[:, : self.dims].to(self.past.dtype)])
+        return of_u.mT.contiguous(), self._by_gate(self.past), self._by_gate(self.recurrent)
+
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
-        if self.matrices is None:
-            size = len(self.recurrent)
-            of_u, of_gates = self.recurrent.tensor_split([self.dims], dim=1)
-            by_gate = of_gates.view(size, -1, size) if size else of_gates.new_zeros(0, 1, 0)
-            self.matrices = (_filled_up(by_gate), of_u.mT.contiguous())
         known = known if known.stride(2) == 1 else known.contiguous()
         with _on(known):
             forward_kernel[self.grid](
                 known,
-                self.step,
-                *self.matrices,
+                *self.forwards,
                 u,
                 *self.kept,
                 self.states[0],
@@ -380,8 +406,16 @@ class TritonScan(TimeLoop):
                 **self.sizes,
             )
 
+    def _by_gate(self, matrix: Tensor) -> Tensor:
+        """The columns of the gates, each gate filled up."""
+        size = len(self.recurrent)
+        of_gates = matrix[:, self.dims :]
+        return _filled_up(of_gates.unflatten(1, (-1, size)) if size else of_gates.unsqueeze(1))
+
     def start_backward(self, grads: State) -> None:
         self.grads = [grad.contiguous() for grad in grads]
+        by_lag = self.past.unflatten(0, (-1, self.dims)) if self.dims else self.past.unsqueeze(1)
+        self.lags = by_lag.flip(0).transpose(0, 1).contiguous()
         self.transposed = _filled_up(self.recurrent.mT)
         self.carry = torch.zeros_like(self.states[0])
         self.carried = self.carry.new_zeros(2, *self.carry.shape)
@@ -389,7 +423,7 @@ class TritonScan(TimeLoop):
     def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
         with _on(grad_sums):
             backward_kernel[self.grid](
-                self.step,
+                self.lags,
                 self.transposed,
                 grad_u,
                 grad_sums,
@@ -405,7 +439,7 @@ class TritonScan(TimeLoop):
                 self.batch,
                 self.steps,
                 grad_u.stride(0),
-                *grad_sums.stride()[:2],
+                grad_sums.stride(0),
                 **self.sizes,
             )
 
@@ -419,4 +453,6 @@ def _filled_up(matrix: Tensor) -> Tensor:
 
 def _on(like: Tensor) -> Any:
     """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
+    if not like.is_cuda or like.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(like.device)

@@ -262,7 +262,6 @@ def compile_for(architecture, case, tmp_path):
             "u_row",
             "grad_u_row",
             "sums_row",
-            "sums_step",
         }
         rounded = {"recurrent", "encoder", "transposed"} if half else set()
         signature = {

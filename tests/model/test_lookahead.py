@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmu_hf.model import lookahead, plan
+from lmu_hf.model import chunked_scan, lookahead, plan
 from lmu_hf.model.cell_registry import build_hidden_cell
 from lmu_hf.model.gates import GATES, gate_weights
 from lmu_hf.model.layer import LMU
@@ -285,6 +285,19 @@ def test_uncoupled(cell, system, input_to_hidden, folds, loop, monkeypatch):
     take(monkeypatch, 16, "folded" if folds else "written")
     monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": input_to_hidden})
     layer = build(cell, "none", system)
+    assert_equals_naive(layer, "auto", {2: None, 16: None, 39: [39, 16, 17, 0]})
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("folds", [False, True])
+@pytest.mark.parametrize("rows", [12, 1000])
+def test_uncoupled_as_on_cuda(system, folds, rows, monkeypatch):
+    """The memory at the start of all chunks at once, in several segments and in one."""
+    take(monkeypatch, 2, "folded" if folds else "written")
+    monkeypatch.setattr(chunked_scan, "_at_once", lambda like: True)
+    monkeypatch.setattr(chunked_scan, "_ROWS", rows)
+    monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": True})
+    layer = build("rnn", "none", system)
     assert_equals_naive(layer, "auto", {2: None, 16: None, 39: [39, 16, 17, 0]})
 
 
