@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .card import RESULT_FILE
 from .errors import InputError
 from .launched import is_first, of_the_first
-from .record import as_text
+from .record import as_text, hardware, versions
 
 CHECKPOINTS = "checkpoints"
 _RECORD = "run.json"
@@ -35,6 +35,7 @@ class Run:
         checkpoint: the checkpoint to go on from; None at the beginning.
         seconds: spent training before it was interrupted.
         result: of a run that had come to its end; None otherwise.
+        machines: hardware and versions, and the step from which on they trained, of all machines that the run has been on.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Run:
     seconds: float = 0.0
     result: dict[str, Any] | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    machines: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def checkpoints(self) -> Path:
@@ -139,7 +141,7 @@ def _begin_or_resume(folder: Path, record: dict[str, Any]) -> Run:
         write_json(path, {**record, "seconds": {}})
         return Run(folder, record=record)
     begun = json.loads(path.read_text(encoding="utf-8"))
-    seconds = begun.pop("seconds")
+    seconds, machines = begun.pop("seconds"), begun.pop("machines", [])
     if difference := _difference(begun, record):
         name, before, now = difference
         raise InputError(
@@ -158,6 +160,7 @@ def _begin_or_resume(folder: Path, record: dict[str, Any]) -> Run:
         state = json.loads((run.checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         keep.add(run.checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{state.get('best_global_step')}")
         run.seconds = seconds.get(str(run.step), max(seconds.values(), default=0.0))
+        run.machines = [machine for machine in machines if machine["from_step"] < run.step]
     # Half of one that was being written, or deleted: transformers would count them by their times.
     for path in set(found) - keep:
         shutil.rmtree(path)
@@ -233,6 +236,9 @@ class Bookkeeping(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
+        here = {"hardware": hardware(), "versions": versions()}
+        if not self.run.machines or self.run.machines[-1] != {"from_step": self.run.machines[-1]["from_step"], **here}:
+            self.run.machines.append({"from_step": state.global_step, **here})
         if state.best_global_step:
             # The path in the checkpoint is that of another working directory, or of before the folder was moved.
             state.best_model_checkpoint = str(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
@@ -248,4 +254,5 @@ class Bookkeeping(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.saved[str(state.global_step)] = round(self.seconds, 2)
-            write_json(self.run.checkpoints / _RECORD, {**self.run.record, "seconds": self.saved})
+            written = {**self.run.record, "seconds": self.saved, "machines": self.run.machines}
+            write_json(self.run.checkpoints / _RECORD, written)

@@ -145,6 +145,8 @@ def _train(
         "hardware": hardware(),
         "versions": versions(),
     }
+    if len(run.machines) > 1:
+        result["machines"] = run.machines  # it went on elsewhere
     if processes() > 1:
         result["processes"] = processes()
     if task.class_weights is not None:

@@ -356,6 +356,13 @@ def block_sizes(kind: str, size: int, dims: int, chunk: int, rows: int) -> dict[
     }
 
 
+def backward_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
+    """What the backward kernel takes otherwise: with one row, and one gate, more of smaller tiles."""
+    if sizes["BLOCK_B"] > 1 or sizes["KIND"] in ("lstm", "gru") or sizes["BLOCK_K"] < 32:
+        return sizes
+    return {**sizes, "BLOCK_K": 16, "UNROLL": 4}
+
+
 def rows_per_program(batch: int, like: Tensor) -> int:
     """One, two or four: the fewest that leave no program waiting for a processor, each of which has registers for one of them."""
     processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 1
@@ -414,6 +421,7 @@ class TritonScan(TimeLoop):
 
     def start_backward(self, grads: State) -> None:
         self.grads = [grad.contiguous() for grad in grads]
+        self.sizes = backward_sizes(self.sizes)
         by_lag = self.past.unflatten(0, (-1, self.dims)) if self.dims else self.past.unsqueeze(1)
         self.lags = by_lag.flip(0).transpose(0, 1).contiguous()
         self.transposed = _filled_up(self.recurrent.mT)

@@ -251,6 +251,8 @@ def compile_for(architecture, case, tmp_path):
     results = []
     for kernel in (triton_scan.forward_kernel, triton_scan.backward_kernel):
         sizes = triton_scan.block_sizes(*case, rows)
+        if kernel is triton_scan.backward_kernel:
+            sizes = triton_scan.backward_sizes(sizes)
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
         integers = {
             "first",
