@@ -59,11 +59,16 @@ def table(records, published):
     return "\n".join(lines)
 
 
+def runs_of(result):
+    """The runs of each contender, which are all there is or have a name."""
+    return result.get("runs") or result.get("ms") or result
+
+
 def measured(part):
     """The results of a part of the benchmarks, with the median of each contender."""
     content = json.loads((BENCHMARKS / f"{part}.json").read_text(encoding="utf-8"))["results"]
     return {
-        name: (result.get("title", name), {who: statistics.median(runs) for who, runs in result.get("runs", result).items()})
+        name: (result.get("title", name), {who: statistics.median(runs) for who, runs in runs_of(result).items()})
         for name, result in content.items()
     }
 
@@ -78,17 +83,24 @@ def rows(head, found, contenders, cell):
 
 
 def speed():
-    """Up to three tables, of the parts that were measured: time of training steps, time of single steps, memory."""
+    """Up to four tables, of the parts that were measured: time of training steps, here and on a GPU, of single steps, memory."""
     peers = {"nn.RNN": "nn.RNN", "nn.LSTM": "nn.LSTM", "nn.GRU": "nn.GRU"}
     keras = {"keras-lmu": "keras-lmu 0.9.0", "keras-lmu XLA": "the same, XLA"}
     cells = {"ours": "ours", "ours in Python": "ours without a compiler", "nn.RNN": "nn.RNNCell", "nn.LSTM": "nn.LSTMCell"}
-    found = {part: measured(part) for part in ("speed", "streaming", "footprint") if (BENCHMARKS / f"{part}.json").exists()}
+    parts = ("speed", "gpu", "streaming", "footprint")
+    found = {part: measured(part) for part in parts if (BENCHMARKS / f"{part}.json").exists()}
     tables = []
     if "speed" in found:
         named = found["speed"].values()
         tables.append(
             rows("forward and backward", named, {"ours": "ours, ms", "naive": "naive loop", **peers, **keras}, factor)
         )
+    if "gpu" in found:
+        device = json.loads((BENCHMARKS / "gpu.json").read_text(encoding="utf-8"))["device"]
+        graphs = {"ours, graph": "ours, CUDA graph", "nn.RNN, graph": "nn.RNN, CUDA graph"}
+        given = {who: name for who, name in graphs.items() if all(who in medians for _, medians in found["gpu"].values())}
+        columns = {"ours": "ours, ms", "naive": "naive loop", **peers, **given}
+        tables.append(rows(f"forward and backward, {device}", found["gpu"].values(), columns, factor))
     if "streaming" in found:
         named = [(f"{name}, order 256, tanh 212", medians) for name, (_, medians) in found["streaming"].items()]
         tables.append(rows("one step, batch 1, µs", named, {**cells, "keras-lmu": keras["keras-lmu"]}, whole))

@@ -97,11 +97,18 @@ def test_an_interrupted_run_is_resumed_by_its_own_command_only(tmp_path):
     ):
         train(Experiment.read(config), folder, progress=False)
     assert sorted(folder.rglob("*")) == before
-    # Moved, and looked at in another way: neither changes what comes out.
+    # Moved, and looked at in another way: neither changes what comes out. Begun on another machine: this may, and is said.
     folder.rename(tmp_path / "moved")
+    path = tmp_path / "moved" / "checkpoints" / "run.json"
+    record = json.loads(path.read_text())
+    (begun,) = record["machines"]
+    begun["hardware"]["gpus"] = ["another"]
+    path.write_text(json.dumps(record))
     result = train(Experiment.read(config, ["training.report_to=none"]), tmp_path / "moved", progress=False)
     assert result["reloaded"]["same"]
     assert result["seconds"]["train"] > 0
+    assert result["machines"][0] == {**begun, "from_step": 0}
+    assert [machine["hardware"]["gpus"] for machine in result["machines"]] == [["another"], result["hardware"]["gpus"]]
 
 
 def test_folders_that_are_no_runs(tmp_path):

@@ -46,7 +46,6 @@ def chunked_scan(
     steps: int,
     *,
     activation: str = "linear",
-    half: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, State]:
     """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
 
@@ -62,7 +61,6 @@ def chunked_scan(
         states: hidden state tensors before the first step, (B, H) each.
         steps: T.
         activation: of u, with ``operators.encoder``; a key of ``GATES``.
-        half: what multiplies h may be rounded to bfloat16 where that is faster, which is on CUDA. States and sums never are.
 
     Returns:
         u (B, K * C, D), zero past T, where it is computed here; the memory at the start of each chunk (B, K, D * N), where there
@@ -70,7 +68,7 @@ def chunked_scan(
         so that its gradient need not be filled up to that of [m, h].
     """
     inputs = (given, weight, bias, u, memory, *operators, *states)
-    u, starts, *sequences = _ChunkedScan.apply(_Settings(cell, steps, activation, half), *inputs)
+    u, starts, *sequences = _ChunkedScan.apply(_Settings(cell, steps, activation), *inputs)
     return u, starts, tuple(sequences)
 
 
@@ -80,7 +78,6 @@ class _Settings(NamedTuple):
     cell: Pointwise
     steps: int
     activation: str
-    half: bool
 
 
 _OPERATORS = len(ChunkOperators._fields)
@@ -299,7 +296,7 @@ def _make_scan(ctx: Any, operators: ChunkOperators, u: Tensor, states: State, ke
     made = scan_class(operators.step, special=settings.cell.linear > 0 or encoding is not None)
     dims = ctx.sizes.dims if ctx.feedback else 0
     arguments = (settings.cell, operators.step, ctx.sizes.chunk, dims, states, kept)
-    return made(*arguments, encoding=encoding, half=settings.half)
+    return made(*arguments, encoding=encoding)
 
 
 def _arriving(grads: tuple[Tensor | None, ...], sequences: State, linear: int) -> State:

@@ -57,9 +57,8 @@ def lookahead_recurrence(
 
     Computes in float32 or better. Its gradient cannot be differentiated again.
     """
-    half = _half(weights, x.device)
     with torch.autocast(x.device.type, enabled=False):
-        u, starts, sequences = _run(cell, x, state.memory, state.hidden, weights, system, dropout, chunk, half=half)
+        u, starts, sequences = _run(cell, x, state.memory, state.hidden, weights, system, dropout, chunk)
         memory = final_memory(u, starts, system, x.shape[1], lengths)
     output, hidden = _finish(sequences, state.hidden, lengths, return_sequence)
     return output.to(x.dtype), LMUState.of((memory, *hidden))
@@ -94,7 +93,6 @@ def uncoupled_recurrence(
     :func:`lookahead_recurrence`.
     """
     dtype, steps, dims = torch.promote_types(x.dtype, torch.float32), x.shape[1], cell.memory_d
-    half = _half(weights, x.device)
     with torch.autocast(x.device.type, enabled=False):
         kind, input_weight, hidden_weight, bias = weights.to(dtype)
         assert hidden_weight is not None
@@ -111,7 +109,7 @@ def uncoupled_recurrence(
         given: tuple[Tensor | None, Tensor | None] = (x.to(dtype), of_input) if cell.input_to_hidden else (None, None)
         hidden = tuple(part.to(dtype) for part in state.hidden)
         memory = state.memory.to(dtype)
-        _, starts, sequences = chunked_scan(Pointwise(kind), *given, bias, u, memory, operators, hidden, steps, half=half)
+        _, starts, sequences = chunked_scan(Pointwise(kind), *given, bias, u, memory, operators, hidden, steps)
         assert starts is not None
         memory = final_memory(u, starts, system, steps, lengths)
     output, hidden = _finish(sequences, state.hidden, lengths, return_sequence)
@@ -136,14 +134,13 @@ def gated_scan(
         Outputs and state like ``naive_scan``, in the dtype of ``state``.
     """
     dtype = torch.promote_types(base.dtype, torch.float32)
-    half = _half(weights, base.device)
     with torch.autocast(base.device.type, enabled=False):
         hidden_weight = weights.to(dtype).hidden_weight
         assert hidden_weight is not None
         hidden = tuple(part.to(dtype) for part in state)
         operators = ChunkOperators(hidden_weight)
         inputs = (base.to(dtype), None, None, None, None)
-        *_, sequences = chunked_scan(Pointwise(weights.kind), *inputs, operators, hidden, base.shape[1], half=half)
+        *_, sequences = chunked_scan(Pointwise(weights.kind), *inputs, operators, hidden, base.shape[1])
     output, final = _finish(sequences, state, lengths, return_sequence)
     return output.to(state[0].dtype), final
 
@@ -157,8 +154,6 @@ def _run(
     system: DelaySystem,
     dropout: Dropout,
     chunk: int,
-    *,
-    half: bool = False,
 ) -> tuple[Tensor, Tensor, State]:
     """Returns u (B, K * C, D), the memory at the start of each chunk (B, K, D * N), and the state sequences (B, T, H)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -192,7 +187,7 @@ def _run(
         operators = operators._replace(encoder=encoder, direct=direct, mask=mask)
     hidden = tuple(part.to(dtype) for part in hidden)
     start = (None, memory.to(dtype), operators, hidden, steps)
-    u, starts, sequences = chunked_scan(Pointwise(kind), x, weight, constant, *start, activation=cell.encoder_act, half=half)
+    u, starts, sequences = chunked_scan(Pointwise(kind), x, weight, constant, *start, activation=cell.encoder_act)
     assert u is not None
     assert starts is not None
     return u, starts, sequences
@@ -202,13 +197,6 @@ def encodes_first(cell: LMUCell, dropout: Dropout) -> bool:
     """Whether the u of a step has to be known before its gates: it is no linear function of what is fed back, or not the same one
     in each row."""
     return cell.coupled and (cell.encoder_act != "linear" or (dropout.encoder is not None and cell.hidden_to_memory))
-
-
-def _half(weights: GateWeights, device: torch.device) -> bool:
-    """Whether the caller wants products of bfloat16: under its autocast, or with weights that are."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type) == torch.bfloat16
-    return weights.input_weight.dtype == torch.bfloat16
 
 
 def _finish(sequences: State, before: State, lengths: Tensor | None, return_sequence: bool) -> tuple[Tensor, State]:

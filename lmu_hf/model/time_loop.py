@@ -47,7 +47,6 @@ class TimeLoop:
         states: hidden state tensors before the first step, (B, H) each.
         kept: what ``cell.allocate`` made.
         encoding: how u comes of h, where ``step`` does not say it.
-        half: the rows of ``step`` that multiply h may be rounded to bfloat16, where that is faster.
     """
 
     language: str
@@ -62,10 +61,9 @@ class TimeLoop:
         kept: State,
         *,
         encoding: Encoding | None = None,
-        half: bool = False,
     ):
         self.cell, self.step, self.chunk, self.dims = cell, step, chunk, dims
-        self.states, self.kept, self.encoding, self.half = states, kept, encoding, half
+        self.states, self.kept, self.encoding = states, kept, encoding
 
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
         """Runs ``count`` steps from step ``first`` on; calls go on where the one before ended.

@@ -64,17 +64,17 @@ def write(tensor, column, live, fits, value):
 
 
 @triton.jit
-def hold(matrix, stride: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The first rows of a matrix (SIZE, PADDED), as (1, ROWS, BLOCK)."""
-    k = tl.arange(0, ROWS)[None, :, None]
+def hold(matrix, stride: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """(SIZE, PADDED) numbers of a matrix, (1, BLOCK, BLOCK)."""
+    k = tl.arange(0, BLOCK)[None, :, None]
     n = tl.arange(0, BLOCK)[None, None, :]
-    return tl.load(matrix + k * stride + n, mask=(k < SIZE) & (n < PADDED), other=0.0).to(tl.float32)
+    return tl.load(matrix + k * stride + n, mask=(k < SIZE) & (n < PADDED), other=0.0)
 
 
 @triton.jit
-def by_held(row, live, held, SIZE: tl.constexpr, ROWS: tl.constexpr):
+def by_held(row, live, held, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """row (BLOCK_B, SIZE) @ what :func:`hold` gave."""
-    k = tl.arange(0, ROWS)[None, :, None]
+    k = tl.arange(0, BLOCK)[None, :, None]
     left = tl.load(row[:, None, None] + k, mask=live[:, None, None] & (k < SIZE), other=0.0)
     return tl.sum(left * held, axis=1)
 
@@ -114,7 +114,7 @@ def tile(row, live, matrix, column, fits, start, inner, k_stride, n_stride, BLOC
     left = tl.load(row[:, None, None] + k, mask=live[:, None, None] & (k < inner), other=0.0)
     n = column[None, None, :]
     right = tl.load(matrix + k * k_stride + n * n_stride, mask=(k < inner) & fits[None, None, :], other=0.0)
-    return left * right.to(tl.float32)
+    return left * right
 
 
 @triton.jit
@@ -145,12 +145,11 @@ def gate(
     part = tl.full([BLOCK_B, BLOCK_K, BLOCK_N], 0.0, tl.float32)
     if PAST > 0:
         part = add_product(part, past, live, kernel, column, fits, used, stride, 1, BLOCK_K, PAST > BLOCK_K)
-    if HELD < SIZE:
-        rest = recurrent + HELD * stride
-        part = add_product(part, before + HELD, live, rest, column, fits, SIZE - HELD, stride, 1, BLOCK_K, UNROLL)
+    if not HELD:
+        part = add_product(part, before, live, recurrent, column, fits, SIZE, stride, 1, BLOCK_K, UNROLL)
     total = tl.sum(part, axis=1)
-    if HELD > 0:
-        total += by_held(before, live, held, SIZE, HELD)
+    if HELD:
+        total += by_held(before, live, held, SIZE, BLOCK_N)
     return total
 
 
@@ -177,22 +176,14 @@ def arriving(
     """Gradients of the sums of the step after @ R^T: what reaches some units of h."""
     fits = n < PADDED
     part = tl.full([BLOCK_B, BLOCK_K, BLOCK_N], 0.0, tl.float32)
-    if HELD == 0:
-        width: tl.constexpr = DIMS + GATES * SIZE
-        part = add_product(part, later, live, transposed, n, fits, width, PADDED, 1, BLOCK_K, UNROLL)
-    else:
-        if DIMS > 0:
-            part = add_product(part, later, live, transposed, n, fits, DIMS, PADDED, 1, BLOCK_K, DIMS > BLOCK_K)
-        if HELD < SIZE:
-            for number in tl.static_range(GATES):
-                above = DIMS + number * SIZE + HELD
-                rest = transposed + above * PADDED
-                part = add_product(part, later + above, live, rest, n, fits, SIZE - HELD, PADDED, 1, BLOCK_K, UNROLL)
+    inner: tl.constexpr = DIMS if HELD else DIMS + GATES * SIZE
+    if inner > 0:
+        part = add_product(part, later, live, transposed, n, fits, inner, PADDED, 1, BLOCK_K, UNROLL)
     total = tl.sum(part, axis=1)
-    if HELD > 0:
-        total += by_held(later + DIMS, live, held_0, SIZE, HELD)
+    if HELD:
+        total += by_held(later + DIMS, live, held_0, SIZE, BLOCK_N)
         if GATES == 4:
-            total += by_held(later + DIMS + SIZE, live, held_1, SIZE, HELD)
-            total += by_held(later + DIMS + 2 * SIZE, live, held_2, SIZE, HELD)
-            total += by_held(later + DIMS + 3 * SIZE, live, held_3, SIZE, HELD)
+            total += by_held(later + DIMS + SIZE, live, held_1, SIZE, BLOCK_N)
+            total += by_held(later + DIMS + 2 * SIZE, live, held_2, SIZE, BLOCK_N)
+            total += by_held(later + DIMS + 3 * SIZE, live, held_3, SIZE, BLOCK_N)
     return total

@@ -32,14 +32,13 @@ class Work(NamedTuple):
         return self.flops / self.bytes
 
 
-def lmu_work(case: dict, chunk: int, *, folds: bool = True, float_of_matrix: int = FLOAT) -> Work:
+def lmu_work(case: dict, chunk: int, *, folds: bool = True) -> Work:
     """An LMU with a tanh cell and input_to_hidden, in chunks: fed back, or uncoupled and folded into the weights that read it.
 
     Args:
         case: its sizes, as in ``cases.CASES``.
         chunk: steps per chunk C.
         folds: uncoupled layers only: whether the memory is folded, rather than written.
-        float_of_matrix: bytes per number of the recurrent matrix.
     """
     batch, steps, dims, order = case["batch"], case["steps"], case["memory_d"], case["order"]
     inputs, hidden, coupled = case["input_size"], case["hidden_size"], case.get("coupled", False)
@@ -79,7 +78,7 @@ def lmu_work(case: dict, chunk: int, *, folds: bool = True, float_of_matrix: int
         numbers += 4 * chunk * dims * order * width  # the operator, built and read, and its gradient
     else:
         numbers += 4 * rows * dims * order  # the memory of all steps and its gradient
-    return Work(flops, FLOAT * numbers, 2 * hidden * width * float_of_matrix)
+    return Work(flops, FLOAT * numbers, 2 * hidden * width * FLOAT)
 
 
 def naive_work(case: dict) -> Work:

@@ -48,14 +48,12 @@ CASES = [
 ]
 
 
-def run(scan_of, kind, batch, size, dims, chunk, steps, rounded=False):
+def run(scan_of, kind, batch, size, dims, chunk, steps):
     """All that a scan computes, forwards and backwards, from the same numbers; what it should not touch is NaN before."""
     torch.manual_seed(0)
     states = tuple(torch.randn(batch, size) for _ in range(1 + (kind == "lstm")))
     width = dims + size * (4 if kind in ("lstm", "gru") else 1)
     step = torch.randn((chunk - 1) * dims * bool(dims) + size, width) * 0.5 / (size + dims) ** 0.5
-    if rounded:
-        step[len(step) - size :] = step[len(step) - size :].bfloat16().float()
     known = torch.randn(batch, steps, width)
     kept = tuple(tensor.fill_(torch.nan) for tensor in Pointwise(kind).allocate(states, steps))
     u = torch.full((batch, steps, dims), torch.nan)
@@ -78,24 +76,24 @@ def run(scan_of, kind, batch, size, dims, chunk, steps, rounded=False):
 # ---- in the process of the interpreter
 
 
-def interpreted(*case, rows, half=False):
+def interpreted(*case, rows):
     from lmu_hf.model import triton_scan
 
     triton_scan.rows_per_program = lambda batch, like: rows
-    return run(lambda *arguments: triton_scan.TritonScan(*arguments, half=half), *case)
+    return run(triton_scan.TritonScan, *case)
 
 
-def interpreted_layer(arguments, half, weights, x, lengths):
+def interpreted_layer(arguments, autocast, weights, x, lengths):
     """Output, final state and gradients of a layer, and which scan it took."""
     layer = LMU(3, 2, 4, 9.0, return_sequences=True, return_state=True, **arguments)
     layer.load_state_dict(weights)
-    results = everything(layer, x, lengths, half)
+    results = everything(layer, x, lengths, autocast)
     return scan_name(x), results
 
 
-def everything(layer, x, lengths, half):
+def everything(layer, x, lengths, autocast):
     x = x.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output, state = layer(x, lengths=lengths)
     results = [output.float(), *(part.float() for part in state.tensors())]
     loss = sum((part * torch.linspace(-1, 1, part.numel()).view_as(part)).sum() for part in results)
@@ -143,18 +141,6 @@ def test_equals_naive(interpreter, case):
         close(ours, naive, 5e-6)
 
 
-@with_triton
-@pytest.mark.parametrize("case", [("tanh", 3, 33, 2, 8, 11), ("gru", 3, 5, 1, 2, 5), ("lstm", 2, 5, 0, 1, 4)], ids=str)
-def test_half(interpreter, case):
-    results = interpreter.submit(interpreted, *case, rows=2, half=True).result()
-    unrounded = run(NaiveScan, *case)
-    for ours, naive in zip(results, run(NaiveScan, *case, rounded=True), strict=True):
-        close(ours, naive, 5e-6)  # only R is rounded, nothing that is computed
-    for ours, naive in zip(results, unrounded, strict=True):
-        # bfloat16 keeps 8 bits: R is off by 2^-9 of itself, sums by some of that and by what the steps before add.
-        close(ours, naive, 0.02)
-
-
 LAYERS = {
     "coupled": {"hidden_cell": "rnn", "hidden_size": 5, "hidden_to_memory": True, "memory_to_memory": True},
     "coupled gru": {"hidden_cell": "gru", "hidden_size": 5, "hidden_to_memory": True, "input_to_hidden": True},
@@ -164,18 +150,18 @@ LAYERS = {
 
 
 @with_triton
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_whole_layers(interpreter, name, half):
+def test_whole_layers(interpreter, name, autocast):
     layer = LMU(3, 2, 4, 9.0, return_sequences=True, return_state=True, **LAYERS[name])
     x, lengths = torch.randn(4, 13, 3), torch.tensor([13, 7, 8, 0])
-    submitted = interpreter.submit(interpreted_layer, LAYERS[name], half, layer.state_dict(), x, lengths)
+    submitted = interpreter.submit(interpreted_layer, LAYERS[name], autocast, layer.state_dict(), x, lengths)
     scan, results = submitted.result()
     assert scan == "TritonScan"
     layer.algorithm = "naive"
     # Rounding in float32 through 13 coupled steps; under autocast all products of the naive layer are of bfloat16, 8 bits.
-    tolerance = 0.05 if half else 2e-5
-    for ours, naive in zip(results, everything(layer, x, lengths, half), strict=True):
+    tolerance = 0.05 if autocast else 2e-5
+    for ours, naive in zip(results, everything(layer, x, lengths, autocast), strict=True):
         close(ours, naive, tolerance)
 
 
@@ -225,16 +211,16 @@ def pointwise(kind, x):
 # ---- compiled, without a GPU
 
 COMPILED = [
-    # kind, hidden size, D, C, rows per program, half
-    ("tanh", 212, 1, 16, 1, False),
-    ("tanh", 212, 1, 32, 4, True),
-    ("tanh", 212, 0, 16, 1, False),
-    ("relu", 128, 64, 4, 1, False),
-    ("sigmoid", 5, 2, 8, 1, True),
-    ("linear", 0, 2, 8, 1, False),
-    ("lstm", 64, 1, 16, 1, False),
-    ("lstm", 212, 0, 16, 2, True),
-    ("gru", 212, 1, 16, 1, False),
+    # kind, hidden size, D, C, rows per program
+    ("tanh", 212, 1, 16, 1),
+    ("tanh", 212, 1, 32, 4),
+    ("tanh", 212, 0, 16, 1),
+    ("relu", 128, 64, 4, 1),
+    ("sigmoid", 5, 2, 8, 1),
+    ("linear", 0, 2, 8, 1),
+    ("lstm", 64, 1, 16, 1),
+    ("lstm", 212, 0, 16, 2),
+    ("gru", 212, 1, 16, 1),
 ]
 
 
@@ -247,7 +233,7 @@ def compile_for(architecture, case, tmp_path):
     from lmu_hf.model import triton_scan
 
     os.environ["TRITON_CACHE_DIR"] = tmp_path  # nothing is taken from an earlier run
-    *case, rows, half = case
+    *case, rows = case
     results = []
     for kernel in (triton_scan.forward_kernel, triton_scan.backward_kernel):
         sizes = triton_scan.block_sizes(*case, rows)
@@ -265,10 +251,8 @@ def compile_for(architecture, case, tmp_path):
             "grad_u_row",
             "sums_row",
         }
-        rounded = {"recurrent", "encoder", "transposed"} if half else set()
         signature = {
-            name: "constexpr" if name in sizes else "i32" if name in integers else "*bf16" if name in rounded else "*fp32"
-            for name in kernel.arg_names
+            name: "constexpr" if name in sizes else "i32" if name in integers else "*fp32" for name in kernel.arg_names
         }
         # As at a launch: torch's tensors start at a multiple of 16 bytes.
         aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
