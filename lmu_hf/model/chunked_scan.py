@@ -20,7 +20,16 @@ from torch import Tensor
 from .compiled import SMALL_ORDER, available
 from .folding import ChunkOperators
 from .gates import Pointwise
-from .memory import fold_rows, fold_state, unfold_rows, unfold_state
+from .memory import (
+    chain,
+    fold_rows,
+    fold_sequence,
+    fold_state,
+    starts_at_once,
+    unfold_rows,
+    unfold_sequence,
+    unfold_state,
+)
 from .precision import full_float32
 from .scan import scan_class
 from .time_loop import Encoding, State, TimeLoop, advance
@@ -158,7 +167,7 @@ class _ChunkedScan(torch.autograd.Function):
                 continue
             if memory is not None:
                 chunks = sizes.of_chunks(first, length)
-                if _at_once(step):
+                if starts_at_once(step):
                     memory = _start_all(memory, u[:, first : first + length], starts[:, chunks], operators)
                 else:
                     for at in range(first, first + length, chunk):
@@ -341,12 +350,6 @@ def _before(initial: Tensor, hidden: Tensor, first: int, length: int) -> Tensor:
     return before if first else torch.cat([initial[:, None], before], dim=1)
 
 
-def _at_once(like: Tensor) -> bool:
-    """Whether the memories at the start of all chunks are computed together rather than one after the other: where launches are
-    what costs."""
-    return like.is_cuda
-
-
 def _start_all(memory: Tensor, u: Tensor, starts: Tensor, operators: ChunkOperators) -> Tensor:
     """Writes the memory at the start of each chunk of a segment, and returns it at its end.
 
@@ -357,31 +360,12 @@ def _start_all(memory: Tensor, u: Tensor, starts: Tensor, operators: ChunkOperat
         operators: the matrices of a chunk.
     """
     power, response = operators.advance
-    by_chunk = u.reshape(-1, operators.chunk, u.shape[2])
+    rows = fold_rows(u, len(power)).unflatten(2, (-1, operators.chunk))
     with full_float32(power):
-        added = unfold_state(fold_rows(by_chunk, len(power)) @ response, by_chunk[:, 0].shape)
-        states = chain(memory, added.unflatten(0, (len(u), -1)), power.mT)
-    starts.copy_(states[:, :-1].flatten(2))
-    return states[:, -1]
-
-
-def chain(first: Tensor, added: Tensor, matrix: Tensor) -> Tensor:
-    """x[0] = first, x[k] = x[k - 1] @ matrix + added[k - 1]: of first (B, D, N), added (B, K, D, N),
-    matrix (S, N, N): (B, K + 1, D, N).
-
-    By doubling, in log2(K) large products rather than K small ones: more arithmetic, but fewer launches.
-    """
-    x = torch.cat([first[:, None], added], dim=1)
-    x = x.transpose(0, 1)[None] if len(matrix) == 1 else x.permute(2, 1, 0, 3)  # (S, K + 1, B, D / S ..., N)
-    x, shape = x.contiguous(), x.shape
-    count, reach = shape[1], 1
-    while reach < count:
-        earlier = x[:, :-reach]
-        x[:, reach:] += (earlier.reshape(len(matrix), -1, shape[-1]) @ matrix).view_as(earlier)
-        reach *= 2
-        if reach < count:
-            matrix = matrix @ matrix
-    return x[0].transpose(0, 1) if len(matrix) == 1 else x.permute(2, 1, 0, 3)
+        states = chain(fold_state(memory, len(power)), rows @ response[:, None], power.mT)
+    by_chunk = unfold_sequence(states, (len(u), states.shape[2], u.shape[2]))
+    starts.copy_(by_chunk[:, :-1].flatten(2))
+    return by_chunk[:, -1]
 
 
 def _send_back(grad_u: Tensor, to_starts: Tensor, arrived: Tensor, operators: ChunkOperators) -> None:
@@ -395,9 +379,10 @@ def _send_back(grad_u: Tensor, to_starts: Tensor, arrived: Tensor, operators: Ch
     to_starts = to_starts.reshape(batch, places - 1, -1)
     states = arrived.unflatten(2, (-1, power.shape[1]))
     with full_float32(power):
-        if _at_once(power):
-            newest_first = to_starts.flip(1).unflatten(2, (-1, power.shape[1]))
-            states.copy_(chain(states[:, -1], newest_first, power).flip(1))
+        if starts_at_once(power):
+            newest_first = fold_sequence(to_starts.flip(1).unflatten(2, (-1, power.shape[1])), len(power))
+            sent = chain(fold_state(states[:, -1], len(power)), newest_first, power)
+            states.copy_(unfold_sequence(sent, states.shape[:3]).flip(1))
         else:
             for index in reversed(range(places - 1)):
                 sent = unfold_state(fold_state(states[:, index + 1], len(power)) @ power, states[:, 0].shape)

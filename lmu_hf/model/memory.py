@@ -19,6 +19,7 @@ Axes: ``B T D N`` are batch, time, memory dimension, order. ``S`` is 1 when all 
 the algorithms the D (or 0) dimensions that share a system are folded into the batch: (S, R, ...) with S * R = B * D.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -158,15 +159,43 @@ def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengt
     rows, steps = inputs.shape[0] * inputs.shape[1], inputs.shape[2]
     memory = None if initial_state is None else fold_state(initial_state, system.scales)
     if torch.compiler.is_compiling():  # tracers follow plain operations only
-        return _finish(_unfold_sequence(traced_states(inputs, memory, system), u.shape), initial_state, lengths)
+        return _finish(unfold_sequence(traced_states(inputs, memory, system), u.shape), initial_state, lengths)
     training = wants_gradient(inputs, initial_state, system.Ad)
     size = min(steps, memory_chunk(rows, steps, system.order, training=training, measured=measured(u)))
     operator = system.chunk_operator(size, u.dtype, u.device)
-    if inputs.shape[1] < MANY_ROWS and not operator.requires_grad:
+    if (inputs.shape[1] < MANY_ROWS or starts_at_once(inputs)) and not operator.requires_grad:
         states = _ChunksAtOnce.apply(inputs, memory, operator, size)
     else:
         states = _Chunks.apply(inputs, memory, operator, size)
-    return _finish(_unfold_sequence(states, u.shape), initial_state, lengths)
+    return _finish(unfold_sequence(states, u.shape), initial_state, lengths)
+
+
+def starts_at_once(like: Tensor) -> bool:
+    """Whether the memory at the start of all chunks is computed by :func:`chain` rather than chunk after chunk: on a GPU, where
+    launching that many small products takes longer than they do."""
+    return like.is_cuda
+
+
+def chain(first: Tensor, added: Tensor, matrix: Tensor) -> Tensor:
+    """x[0] = first, x[k] = x[k - 1] @ matrix + added[k - 1], by doubling: more arithmetic, but log2(K) products in place of K.
+
+    Args:
+        first: (S, R, N).
+        added: (S, R, K, N).
+        matrix: (S, N, N); of no gradient.
+
+    Returns:
+        x (S, R, K + 1, N).
+    """
+    x = torch.cat([first[:, :, None], added], dim=2)
+    power, reach = matrix.double(), 1
+    while reach < x.shape[2]:
+        # Nothing in place: the same lines then serve a second derivative.
+        earlier = x[:, :, :-reach]
+        sent = exact_matmul(earlier.flatten(1, 2), power.to(x.dtype)).view(earlier.shape)
+        x = torch.cat([x[:, :, :reach], x[:, :, reach:] + sent], dim=2)
+        power, reach = power @ power, 2 * reach
+    return x
 
 
 class _Chunks(torch.autograd.Function):
@@ -225,10 +254,11 @@ class _Chunks(torch.autograd.Function):
 
 
 class _ChunksAtOnce(torch.autograd.Function):
-    """:class:`_Chunks` for few rows, where reading the operator anew for each chunk takes longer than the products with it.
+    """:class:`_Chunks` for few rows, where reading the operator anew for each chunk takes longer than the products with it, and
+    for GPUs, where launching a product per chunk does.
 
-    The memory at the start of each chunk comes first, chunk after chunk, by the part of the operator that makes a chunk's last
-    state, which stays in the cache; then all chunks are rows of one product. The operator is a constant here.
+    The memory at the start of each chunk comes first, by the part of the operator that makes a chunk's last state: chunk after
+    chunk, as it stays in the cache, or by :func:`chain`. Then all chunks are rows of one product. The operator is a constant.
     """
 
     @staticmethod
@@ -242,8 +272,12 @@ class _ChunksAtOnce(torch.autograd.Function):
         rows[:, :, 0, :order] = 0 if memory is None else memory
         states = inputs.new_empty(scales, count * chunks, size * order)
         with full_float32(rows):
-            for index in range(1, chunks):
-                rows[:, :, index, :order] = rows[:, :, index - 1] @ last
+            if starts_at_once(rows):
+                added = (rows[:, :, :-1, order:].flatten(1, 2) @ last[:, order:]).view(scales, count, chunks - 1, order)
+                rows[..., :order] = chain(rows[:, :, 0, :order], added, last[:, :order])
+            else:
+                for index in range(1, chunks):
+                    rows[:, :, index, :order] = rows[:, :, index - 1] @ last
             _product(rows.flatten(1, 2), operator, states)
         ctx.save_for_backward(operator)
         ctx.size = size
@@ -260,6 +294,14 @@ class _ChunksAtOnce(torch.autograd.Function):
             1, (count, chunks)
         )
         last = operator[..., -order:].mT.contiguous()  # the end of a chunk -> [m_start, u_chunk]
+        if starts_at_once(grad):
+            # What reaches the end of each chunk but the last, the newest first.
+            newest_first = from_chunk.flip(2)
+            ends = chain(newest_first[:, :, 0, :order], newest_first[:, :, 1:, :order], last[..., :order])
+            sent = exact_matmul(ends[:, :, :-1].flatten(1, 2), last[..., order:]).view(scales, count, chunks - 1, size)
+            newest_first = torch.cat([newest_first[:, :, :1, order:], newest_first[:, :, 1:, order:] + sent], dim=2)
+            grad_memory = ends[:, :, -1] if ctx.needs_input_grad[1] else None
+            return newest_first.flip(2).flatten(2)[..., :steps], grad_memory, None, None
         carry, grad_inputs = from_chunk[:, :, -1, :order], [from_chunk[:, :, -1, order:]]
         for index in reversed(range(chunks - 1)):
             grad_row = from_chunk[:, :, index] + exact_matmul(carry, last)
@@ -333,7 +375,7 @@ def _fft(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: 
     states = torch.fft.irfft(spectrum, n=size)[..., :steps].mT
     if initial_state is not None:
         states = states + _free_response(fold_state(initial_state, system.scales), system, steps)
-    return _finish(_unfold_sequence(states, u.shape), initial_state, lengths)
+    return _finish(unfold_sequence(states, u.shape), initial_state, lengths)
 
 
 def _final(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[None, Tensor]:
@@ -408,8 +450,15 @@ def unfold_rows(rows: Tensor, batch: int) -> Tensor:
     return rows.permute(1, 2, 0)
 
 
-def _unfold_sequence(states: Tensor, shape: torch.Size) -> Tensor:
-    """(S, R, T, N) -> (B, T, D, N)."""
+def fold_sequence(states: Tensor, scales: int) -> Tensor:
+    """(B, T, D, N) -> (S, R, T, N)."""
+    if scales == 1:
+        return states.transpose(1, 2).reshape(1, -1, states.shape[1], states.shape[3])
+    return states.permute(2, 0, 1, 3)
+
+
+def unfold_sequence(states: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of :func:`fold_sequence`, given the shape (B, T, D)."""
     batch, steps, dims = shape
     if states.shape[0] == 1:
         return states.reshape(batch, dims, steps, -1).transpose(1, 2)

@@ -15,8 +15,8 @@ On an H200 a step of 100 rows, H = 212, takes 3.4 us forwards and 3.6 us backwar
 2.6 us either way without memory. What did not help there: to keep half of R, or a quarter, in registers; R in bfloat16, which is
 converted for longer than its loads save (4.7 and 4.6 us); 4 or 16 warps.
 
-With feedback a chunk is one launch beside some five small ones, so that with few rows it is the launches that cost: a CUDA graph of
-a layer (``torch.cuda.make_graphed_callables``) took 8.8 ms where the calls from Python took 17.8. Nothing of that kind is done
+With feedback a chunk is one launch beside some five small ones, so that with few rows it is the launches that cost: a CUDA graph
+of a layer (``torch.cuda.make_graphed_callables``) took 8.8 ms where the calls from Python took 17.8. Nothing of that kind is done
 here, since a graph fixes all shapes.
 
 The kernels are compared with :class:`scan.NaiveScan` under Triton's interpreter, compiled for sm_80 and sm_90, and where there is

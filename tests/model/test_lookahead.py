@@ -294,7 +294,7 @@ def test_uncoupled(cell, system, input_to_hidden, folds, loop, monkeypatch):
 def test_uncoupled_as_on_cuda(system, folds, rows, monkeypatch):
     """The memory at the start of all chunks at once, in several segments and in one."""
     take(monkeypatch, 2, "folded" if folds else "written")
-    monkeypatch.setattr(chunked_scan, "_at_once", lambda like: True)
+    monkeypatch.setattr(chunked_scan, "starts_at_once", lambda like: True)
     monkeypatch.setattr(chunked_scan, "_ROWS", rows)
     monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": True})
     layer = build("rnn", "none", system)

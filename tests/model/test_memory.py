@@ -63,6 +63,15 @@ def test_equals_naive(algorithm, shape, initial, ragged, dtype):
         assert (ours - naive).abs().max() < TOLERANCE[dtype] * scale
 
 
+@pytest.mark.parametrize("initial", [False, True], ids=["zero", "state"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("size", [2, 32])
+def test_equals_naive_as_on_cuda(shape, size, initial, monkeypatch):
+    monkeypatch.setattr("lmu_hf.model.memory.starts_at_once", lambda like: True)
+    monkeypatch.setattr("lmu_hf.model.memory.memory_chunk", lambda *sizes, **options: size)
+    test_equals_naive("chunked", shape, initial, True, torch.float64)
+
+
 @pytest.mark.parametrize("discretizer", ["zoh", "euler"])
 @pytest.mark.parametrize("scales", [1, 2])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -81,8 +90,11 @@ def test_gradcheck_with_theta(algorithm, scales, discretizer):
 
 
 @pytest.mark.parametrize("many_rows", [1, MANY_ROWS])
-def test_second_derivative_of_chunks(many_rows, monkeypatch):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_second_derivative_of_chunks(many_rows, at_once, monkeypatch):
     monkeypatch.setattr("lmu_hf.model.memory.MANY_ROWS", many_rows)
+    monkeypatch.setattr("lmu_hf.model.memory.starts_at_once", lambda like: at_once)
+    monkeypatch.setattr("lmu_hf.model.memory.memory_chunk", lambda *sizes, **options: 2)
     system = delay_system(3, (4.0, 9.0))
     u = torch.randn(2, 7, 2, dtype=torch.float64, requires_grad=True)
     m0 = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
