@@ -87,6 +87,14 @@ def data(result: dict[str, Any]) -> str:
     return words + (f" Split: {dataset['split']}." if dataset.get("split") else "")
 
 
+def _machine(hardware: dict[str, Any]) -> str:
+    if gpus := hardware.get("gpus"):
+        return ", ".join(gpus)
+    used, there = hardware["torch_threads"], hardware["cores"]
+    cores = count(there, "core") if used >= there else f"{used} of {count(there, 'core')}"
+    return f"{cores} of a CPU ({hardware['cpu']}), no GPU"
+
+
 def training(result: dict[str, Any]) -> str:
     """How it was trained."""
     if not result.get("history") and not result.get("seconds"):
@@ -100,11 +108,8 @@ def training(result: dict[str, Any]) -> str:
     if "train" in seconds:
         words += f" in {_duration(seconds['train'])}"
     if hardware:
-        gpus = hardware.get("gpus") or []
-        used, there = hardware["torch_threads"], hardware["cores"]
-        cores = count(there, "core") if used >= there else f"{used} of {count(there, 'core')}"
-        machine = ", ".join(gpus) if gpus else f"{cores} of a CPU ({hardware['cpu']}), no GPU"
-        words += f" on {machine}"
+        machines = [machine["hardware"] for machine in result.get("machines", [])] or [hardware]
+        words += " on " + ", then on ".join(_machine(one) for one in machines)
     sentences.append(words)
     if (best := result.get("best_epoch")) is not None:
         # Records from before this field chose by accuracy where the experiment said nothing.

@@ -66,6 +66,8 @@ def connected(use_cpu: bool = False) -> Iterator[None]:
     if processes() == 1:
         yield
         return
+    import gc
+
     import torch
 
     # Whoever lets go of a group on CPUs last waits for its threads, one of which may be waiting for the GIL to free a tensor. The
@@ -74,6 +76,7 @@ def connected(use_cpu: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # whatever of the model still hangs in a cycle
         del last
 
 

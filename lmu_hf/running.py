@@ -35,7 +35,7 @@ class Run:
         checkpoint: the checkpoint to go on from; None at the beginning.
         seconds: spent training before it was interrupted.
         result: of a run that had come to its end; None otherwise.
-        machines: hardware and versions, and the step from which on they trained, of all machines that the run has been on.
+        machines: hardware and versions, and the step from which on they trained, of all machines that its first process was on.
     """
 
     folder: Path

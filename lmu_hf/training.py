@@ -145,7 +145,7 @@ def _train(
         "hardware": hardware(),
         "versions": versions(),
     }
-    if len(run.machines) > 1:
+    if len(run.machines) > 1 or run.machines[0]["from_step"]:
         result["machines"] = run.machines  # it went on elsewhere
     if processes() > 1:
         result["processes"] = processes()

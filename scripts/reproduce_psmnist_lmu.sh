@@ -1,3 +1,4 @@
 #!/usr/bin/env bash
-# The LMU of 2019 on permuted sequential MNIST, three seeds. Options go to `lmu-hf train`.
-exec "$(dirname "$0")/reproduce" psmnist-lmu -- "$@"
+# The LMU of 2019 on permuted sequential MNIST, as published and with a falling learning rate, three seeds each. Options go to
+# `lmu-hf train`.
+exec "$(dirname "$0")/reproduce" psmnist-lmu psmnist-lmu-cosine -- "$@"

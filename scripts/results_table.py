@@ -60,7 +60,7 @@ def table(records, published):
 
 
 def runs_of(result):
-    """The runs of each contender, which are all there is or have a name."""
+    """The runs of each contender: under "runs" or "ms", or the result itself."""
     return result.get("runs") or result.get("ms") or result
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from .cells import ACTIVATIONS
 from .compiled import available, panels
 from .folding import encoder_matrix
-from .gates import GATES, SIMPLE, GateWeights, Pointwise, gate_weights
+from .gates import GATES, SIMPLE, UNBOUNDED, GateWeights, Pointwise, gate_weights
 from .precision import full_float32
 from .state import LMUState, forget_
 from .weights import a_weight
@@ -50,15 +50,17 @@ class LMUStepper:
 
     def __init__(self, cell: LMUCell, batch_size: int = 1):
         self.cell, self.batch_size = cell, check_streams(batch_size)
-        with torch.no_grad():
+        like = a_weight(cell)
+        # No tensor is one of inference mode, which only inference mode could update, and none is rounded.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             weights = gate_weights(cell.hidden_cell)
-            like = a_weight(cell)
             self._like = like.new_empty(batch_size, cell.input_size).detach()
             self._shape, self._dtype = self._like.shape, self._like.dtype
             self._state = tuple(tensor.contiguous() for tensor in cell.initial_state(self._like).tensors())
             kind = "none" if cell.hidden_cell is None else None if weights is None else weights.kind
             if kind is not None and like.dtype in (torch.float32, torch.float64):
-                prepared = (None if part is None else part.detach() for part in _prepare(cell, weights, like))
+                # Clones: a trained weight must not reach some of them and not others.
+                prepared = (None if part is None else part.detach().clone() for part in _prepare(cell, weights, like))
                 compiled = available(self._like) and cell.encoder_act in SIMPLE
                 self.loop = "compiled" if compiled else "python"
                 self._run = (self._compiled if compiled else self._python)(kind, *prepared)
@@ -76,6 +78,9 @@ class LMUStepper:
             expected = f"{tuple(self._shape)} of {self._dtype}"
             raise ValueError(f"x: expected one sample per stream, {expected}, found {tuple(x.shape)} of {x.dtype}")
         return self._run(x)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a stepper cannot be copied or pickled; make one with layer.stepper() and assign its state")
 
     @property
     def state(self) -> LMUState:
@@ -121,14 +126,14 @@ class LMUStepper:
         encoder = (encoder.mT.contiguous(), cell.hidden_to_memory, cell.memory_to_memory, cell.encoder_act)
         sizes = (cell.input_size, cell.output_size)
         stream = torch.classes.lmu_hf.Stream(kind, list(self._state), *encoder, *matrices, *sizes)
-        # Called by its address: the dispatcher would take half as long as the step.
+        # Called by its address, and without the GIL: the dispatcher would take half as long as the step.
         function, address = stream.entry()
-        step = ctypes.PYFUNCTYPE(None, *[ctypes.c_void_p] * 3)(function)
+        step = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)(function)
         outputs = self._like.new_empty(self.batch_size, cell.output_size)
 
         def run(x: Tensor) -> Tensor:
-            if not (x.is_cpu and x.is_contiguous()):
-                x = x.cpu().contiguous()
+            if not x.is_cpu or not x.is_contiguous() or x.is_neg():
+                x = x.cpu().resolve_neg().contiguous()
             output = torch.empty_like(outputs)
             step(address, x.data_ptr(), output.data_ptr())
             return output
@@ -146,10 +151,14 @@ class LMUStepper:
         self._state = (memory.view(-1, cell.memory_d, cell.order), *self._state[1:])
         if size:
             self._state = (self._state[0], output, *self._state[2:])
-        advance = self._advance(row, *prepared)
-        pointwise, hidden = Pointwise(kind), self._state[1:]
+        # An infinite hidden state, which only unbounded cells have, must not meet the zeros of a product that makes the memory.
+        advance = self._advance(row, *prepared, merges=cell.hidden_to_memory or kind not in UNBOUNDED)
+        pointwise, hidden, device = Pointwise(kind), self._state[1:], like.device.type
 
         def run(x: Tensor) -> Tensor:
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return run(x)
             sample.copy_(x.detach() if x.requires_grad else x)
             gates = advance()
             if gates is None:
@@ -174,6 +183,8 @@ class LMUStepper:
         B: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        *,
+        merges: bool,
     ) -> Callable[[], Tensor | None]:
         """A function that puts the next memory into a row [m, x, h] and returns the gates (batch_size, G), if there are any."""
         cell = self.cell
@@ -186,7 +197,7 @@ class LMUStepper:
         read = slice(end - len(encoder), end)
         memory = row[:, :flat]
         activate = None if cell.encoder_act == "linear" else ACTIVATIONS[cell.encoder_act]
-        if activate is None and row.shape[1] <= order + _CALLS // flat:
+        if merges and activate is None and row.shape[1] <= order + _CALLS // flat:
             # One product in place of four: [m, x, h] -> m' and the gates that it makes.
             to_memory = torch.block_diag(*B.expand(dims, order)[:, None])
             matrix = row.new_zeros(row.shape[1], flat)
@@ -212,10 +223,10 @@ class LMUStepper:
         B, of_row = B[:, None], row[:, read]
 
         def one_by_one() -> Tensor | None:
-            u = torch.mm(of_row, encoder) if u_bias is None else torch.addmm(u_bias, of_row, encoder)
-            if activate is not None:
-                u = activate(u)
             with full_float32(row):
+                u = torch.mm(of_row, encoder) if u_bias is None else torch.addmm(u_bias, of_row, encoder)
+                if activate is not None:
+                    u = activate(u)
                 if len(A) == 1:
                     memory.copy_(torch.addmm(u.view(-1, 1) * B[0], memory.reshape(-1, order), A[0]).view(-1, flat))
                 else:

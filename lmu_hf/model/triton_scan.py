@@ -366,7 +366,8 @@ def backward_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def rows_per_program(batch: int, like: Tensor) -> int:
-    """One, two or four: the fewest that leave no program waiting for a processor, each of which has registers for one of them."""
+    """One, two or four: the fewest that leave no program waiting for a processor, each of which has registers for one of them;
+    with so many rows that all leave some, four."""
     processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 1
     return next((rows for rows in (1, 2) if batch <= rows * processors), 4)
 
@@ -429,6 +430,8 @@ class TritonScan(TimeLoop):
         self.carried = self.carry.new_zeros(2, *self.carry.shape)
 
     def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
+        assert grad_sums.stride(1) == grad_sums.shape[2]
+        assert not self.dims or grad_u.stride(1) == self.dims
         with _on(grad_sums):
             backward_kernel[self.grid](
                 self.lags,

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t TILE = 60;  // rows that go through the steps together
 
-// How u comes of the state before it where it is no linear function of it, or not the same one in each row; scan.Encoding.
+// How u comes of the state before it where it is no linear function of it, or not the same one in each row; time_loop.Encoding.
 // Forwards `in` is h -> u and `direct` u -> gates; backwards they are transposed, and `u` holds that of all steps.
 template <typename T>
 struct Encoding {

@@ -38,7 +38,16 @@ struct Stream : torch::CustomClassHolder {
         from_hidden(from_hidden),
         from_memory(from_memory),
         inputs(inputs),
-        outputs(outputs) {}
+        outputs(outputs) {
+    // All that can fail: a step has nobody to tell.
+    with_type(this->states[0], [](auto) {});
+    if (this->kind != "none") with_cell(this->kind, [](auto) {});
+    with_activation(this->activation, [](auto) {});
+    for (const at::Tensor& matrix : {this->A, this->B})
+      TORCH_CHECK(matrix.is_contiguous() && matrix.size(3) == PANEL, "expected panels");
+    for (const at::Tensor& state : this->states) TORCH_CHECK(state.is_contiguous(), "expected contiguous states");
+    TORCH_CHECK(this->encoder.is_contiguous(), "expected a contiguous encoder");
+  }
 
   // The function to call for a step, and its first argument; then come x and output.
   std::vector<int64_t> entry() {
@@ -53,7 +62,7 @@ struct Stream : torch::CustomClassHolder {
   const bool from_hidden, from_memory;
   const int64_t inputs, outputs;
 
-  static void call(const Stream* stream, const void* x, void* output) { stream->step(x, output); }
+  static void call(const Stream* stream, const void* x, void* output) noexcept { stream->step(x, output); }
 
   void step(const void* x, void* output) const {
     with_type(states[0], [&](auto scalar) {
@@ -70,7 +79,8 @@ struct Stream : torch::CustomClassHolder {
     });
   }
 
-  // u (rows, D) += from (rows, count) @ the rows of the encoder from `first` on. It has few columns, and panels of 16: by columns.
+  // u (rows, D) += from (rows, count) @ the columns of the encoder, each from place `first` on; so few that panels of 16 would be
+  // mostly empty.
   template <typename T>
   void encode(int64_t rows, int64_t count, const T* from, int64_t first, T* u, int64_t u_stride) const {
     const int64_t length = encoder.size(1);

@@ -169,11 +169,16 @@ def test_generation_equals_that_of_the_cpu():
     assert model.cuda().generate(prompt.cuda(), max_new_tokens=20, do_sample=False).cpu().equal(text)
 
 
-def test_float64_and_double_backward_take_the_naive_scan():
+def test_float64_takes_the_naive_scan():
     assert scan_class(torch.ones(2, dtype=torch.float64, device="cuda")) is NaiveScan
-    layer = made("rnn").cuda()
-    layer.algorithm = "naive"
-    x = torch.randn(2, 5, 3, device="cuda", requires_grad=True)
-    (grad,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
-    grad.square().sum().backward()
-    assert x.grad is not None
+
+
+def test_second_derivative_of_the_memory():
+    layer = LMU(2, 2, 12, 50.0, return_sequences=True).double()
+    x = torch.randn(3, 97, 2, dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        layer, inputs = layer.to(device), x.to(device).requires_grad_()
+        (grad,) = torch.autograd.grad(layer(inputs).sin().sum(), inputs, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), inputs)[0].cpu())
+    close(found[1], found[0], 1e-10)

@@ -81,10 +81,10 @@ def everything(layer, x, lengths):
     return results, torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
 
 
-def assert_equals_naive(layer, algorithm, cases, *, of_results=1e-11):
+def assert_equals_naive(layer, algorithm, cases, *, of_results=1e-11, batch=4):
     """Compares everything for some numbers of steps, each with the lengths of its rows or None."""
     for steps, lengths in cases.items():
-        x = torch.randn(4, steps, 3, dtype=F64)
+        x = torch.randn(batch, steps, 3, dtype=F64)
         lengths = None if lengths is None else torch.tensor(lengths)
         layer.algorithm = algorithm
         results, gradients = everything(layer, x, lengths)
@@ -286,6 +286,18 @@ def test_uncoupled(cell, system, input_to_hidden, folds, loop, monkeypatch):
     monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": input_to_hidden})
     layer = build(cell, "none", system)
     assert_equals_naive(layer, "auto", {2: None, 16: None, 39: [39, 16, 17, 0]})
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("encoder_act", ["linear", "tanh"])
+def test_few_rows(cell, system, encoder_act, batch, loop, monkeypatch):
+    """Whose products are the loop's own."""
+    take(monkeypatch, 8)
+    monkeypatch.setitem(CONNECTIONS, "some", {**CONNECTIONS["all"], "encoder_act": encoder_act})
+    layer = build(cell, "some", system)
+    assert_equals_naive(layer, "auto", {2: None, 37: [37, 30][:batch]}, batch=batch)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -1,5 +1,8 @@
 """Single steps of a layer, prepared once, against the cell."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -95,3 +98,73 @@ def test_errors():
         layer.stepper(2)(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="bidirectional=True begins at the end"):
         LMU(3, 2, 5, 9.0, bidirectional=True).stepper()
+
+
+def run(step, x):
+    return torch.stack([step(part) for part in x])
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_weights_are_those_of_when_it_was_made(dims, loop):
+    layer = LMU(1, dims, 4, 9.0, "rnn", 5, hidden_to_memory=True, memory_to_memory=True, use_bias=True)
+    x = torch.randn(20, 1, 1)
+    expected = run(layer.stepper(), x)
+    step = layer.stepper()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    assert run(step, x).equal(expected)
+
+
+def test_made_in_inference_mode(loop):
+    layer = LMU(3, 2, 4, 9.0, "rnn", 5)
+    x = torch.randn(9, 1, 3)
+    with torch.inference_mode():
+        step = layer.stepper()
+    assert run(step, x).equal(run(layer.stepper(), x))
+
+
+def test_a_stepper_is_not_copied():
+    step = LMU(3, 2, 4, 9.0, "rnn", 5).stepper()
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"make one with layer.stepper\(\) and assign its state"):
+            copied(step)
+
+
+@pytest.mark.parametrize("order", [4, 256])
+def test_autocast_changes_nothing(order, loop):
+    layer = LMU(1, 1, order, 300.0, "rnn", 5, memory_to_memory=True)
+    x = torch.randn(40, 1, 1)
+    expected = run(layer.stepper(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(layer.stepper(), x).equal(expected)
+
+
+def test_an_infinite_hidden_state_stays_out_of_the_memory(loop):
+    layer = LMU(1, 1, 4, 9.0, "rnn", 5, hidden_act="relu")
+    with torch.no_grad():
+        layer.cell.hidden_cell.weight_hh.copy_(1e9 * torch.eye(5))
+        layer.cell.hidden_cell.weight_ih.fill_(1.0)
+    step = layer.stepper(2)
+    output = run(step, torch.rand(50, 2, 1))
+    assert not output.isfinite().all()
+    assert step.state.memory.isfinite().all()
+
+
+def test_samples_however_they_lie_in_memory(loop):
+    layer = LMU(3, 2, 4, 9.0, "rnn", 5)
+    x = torch.randn(9, 2, 3)
+    expected = run(layer.stepper(2), x)
+    assert run(layer.stepper(2), x.repeat(1, 1, 2)[..., :3]).equal(expected)
+    assert run(layer.stepper(2), x.mT.contiguous().mT).equal(expected)
+    assert run(layer.stepper(2), torch.complex(x, -x).conj().imag).equal(expected)
+    assert run(layer.stepper(2), x.requires_grad_()).equal(expected)
+
+
+def test_float32_of_many_numbers(loop):
+    """Past the last whole vector of what makes u, too."""
+    layer = LMU(77, 3, 19, 30.0, "gru", 37, hidden_to_memory=True, memory_to_memory=True)
+    x = torch.randn(30, 3, 77)
+    output = run(layer.stepper(3), x)
+    exact = run(layer.double().stepper(3), x.double())
+    assert (output - exact).abs().max() < 1e-4
