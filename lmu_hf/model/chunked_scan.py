@@ -17,22 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .by_system import fold_rows, fold_state, starts_at_once
 from .compiled import SMALL_ORDER, available
 from .folding import ChunkOperators
 from .gates import Pointwise
-from .memory import (
-    chain,
-    fold_rows,
-    fold_sequence,
-    fold_state,
-    starts_at_once,
-    unfold_rows,
-    unfold_sequence,
-    unfold_state,
-)
 from .precision import full_float32
 from .scan import scan_class
-from .time_loop import Encoding, State, TimeLoop, advance
+from .time_loop import Encoding, State, TimeLoop, advance, send_back, start_all
 
 # A segment has about this many rows, chunks times batch, for its products to run at full speed, but no more numbers in its
 # largest part than stay in the cache.
@@ -168,7 +159,7 @@ class _ChunkedScan(torch.autograd.Function):
             if memory is not None:
                 chunks = sizes.of_chunks(first, length)
                 if starts_at_once(step):
-                    memory = _start_all(memory, u[:, first : first + length], starts[:, chunks], operators)
+                    memory = start_all(memory, u[:, first : first + length], starts[:, chunks], operators)
                 else:
                     for at in range(first, first + length, chunk):
                         starts[:, at // chunk] = memory.flatten(1)
@@ -257,7 +248,7 @@ class _ChunkedScan(torch.autograd.Function):
                     inputs[:, segment] += to_u.reshape(batch, length, dims)
                     if grad_starts is not None:
                         to_starts = to_starts.reshape(batch, -1, starts.shape[2]) + grad_starts[:, chunks]
-                    _send_back(inputs[:, segment], to_starts, arrived, operators)
+                    send_back(inputs[:, segment], to_starts, arrived, operators)
             if dims:
                 if "power" in grads:
                     ends = fold_state(arrived[:, 1:].reshape(-1, dims, starts.shape[2] // dims), len(power))
@@ -348,48 +339,6 @@ def _before(initial: Tensor, hidden: Tensor, first: int, length: int) -> Tensor:
     """The hidden state before each step of a segment (B, length, H), zero past the end."""
     before = _cut(hidden, max(first - 1, 0), length - (first == 0))
     return before if first else torch.cat([initial[:, None], before], dim=1)
-
-
-def _start_all(memory: Tensor, u: Tensor, starts: Tensor, operators: ChunkOperators) -> Tensor:
-    """Writes the memory at the start of each chunk of a segment, and returns it at its end.
-
-    Args:
-        memory: m before the segment (B, D, N).
-        u: of the segment (B, L, D).
-        starts: (B, L / C, D * N).
-        operators: the matrices of a chunk.
-    """
-    power, response = operators.advance
-    rows = fold_rows(u, len(power)).unflatten(2, (-1, operators.chunk))
-    with full_float32(power):
-        states = chain(fold_state(memory, len(power)), rows @ response[:, None], power.mT)
-    by_chunk = unfold_sequence(states, (len(u), states.shape[2], u.shape[2]))
-    starts.copy_(by_chunk[:, :-1].flatten(2))
-    return by_chunk[:, -1]
-
-
-def _send_back(grad_u: Tensor, to_starts: Tensor, arrived: Tensor, operators: ChunkOperators) -> None:
-    """The adjoint of a segment's :func:`advance`: adds what the memory at the end of each chunk sends back to u (B, L, D).
-
-    ``to_starts`` (M, D * N) is what reaches the memory at the start of each chunk from within it; ``arrived`` (B, L / C + 1,
-    D * N) takes all that reaches it, and holds in its last place what reaches the end of the segment.
-    """
-    power, response = operators.advance
-    batch, places, _ = arrived.shape
-    to_starts = to_starts.reshape(batch, places - 1, -1)
-    states = arrived.unflatten(2, (-1, power.shape[1]))
-    with full_float32(power):
-        if starts_at_once(power):
-            newest_first = fold_sequence(to_starts.flip(1).unflatten(2, (-1, power.shape[1])), len(power))
-            sent = chain(fold_state(states[:, -1], len(power)), newest_first, power)
-            states.copy_(unfold_sequence(sent, states.shape[:3]).flip(1))
-        else:
-            for index in reversed(range(places - 1)):
-                sent = unfold_state(fold_state(states[:, index + 1], len(power)) @ power, states[:, 0].shape)
-                torch.add(to_starts[:, index], sent.flatten(1), out=arrived[:, index])
-        ends = states[:, 1:].flatten(0, 1)
-        sent = unfold_rows(fold_state(ends, len(power)) @ response.mT, len(ends))
-        grad_u += sent.reshape(grad_u.shape)
 
 
 def _write(starts: Tensor, u: Tensor, operators: ChunkOperators, scratch: _Scratch) -> Tensor:

@@ -19,13 +19,20 @@ Axes: ``B T D N`` are batch, time, memory dimension, order. ``S`` is 1 when all 
 the algorithms the D (or 0) dimensions that share a system are folded into the batch: (S, R, ...) with S * R = B * D.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .by_system import (
+    chain,
+    fold_rows,
+    fold_state,
+    starts_at_once,
+    unfold_sequence,
+    unfold_state,
+)
 from .compiled import LARGEST_ORDER, available
 from .costs import MANY_ROWS, memory_algorithm, memory_chunk
 from .legendre import DelaySystem
@@ -168,34 +175,6 @@ def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengt
     else:
         states = _Chunks.apply(inputs, memory, operator, size)
     return _finish(unfold_sequence(states, u.shape), initial_state, lengths)
-
-
-def starts_at_once(like: Tensor) -> bool:
-    """Whether the memory at the start of all chunks is computed by :func:`chain` rather than chunk after chunk: on a GPU, where
-    launching that many small products takes longer than they do."""
-    return like.is_cuda
-
-
-def chain(first: Tensor, added: Tensor, matrix: Tensor) -> Tensor:
-    """x[0] = first, x[k] = x[k - 1] @ matrix + added[k - 1], by doubling: more arithmetic, but log2(K) products in place of K.
-
-    Args:
-        first: (S, R, N).
-        added: (S, R, K, N).
-        matrix: (S, N, N); of no gradient.
-
-    Returns:
-        x (S, R, K + 1, N).
-    """
-    x = torch.cat([first[:, :, None], added], dim=2)
-    power, reach = matrix.double(), 1
-    while reach < x.shape[2]:
-        # Nothing in place: the same lines then serve a second derivative.
-        earlier = x[:, :, :-reach]
-        sent = exact_matmul(earlier.flatten(1, 2), power.to(x.dtype)).view(earlier.shape)
-        x = torch.cat([x[:, :, :reach], x[:, :, reach:] + sent], dim=2)
-        power, reach = power @ power, 2 * reach
-    return x
 
 
 class _Chunks(torch.autograd.Function):
@@ -434,47 +413,6 @@ def _free_response(memory: Tensor, system: DelaySystem, steps: int) -> Tensor:
 
 def _zero_state(u: Tensor, system: DelaySystem) -> Tensor:
     return u.new_zeros(u.shape[0], u.shape[2], system.order)
-
-
-def fold_rows(u: Tensor, scales: int) -> Tensor:
-    """(B, T, D) -> (S, R, T)."""
-    if scales == 1:
-        return u.mT.reshape(1, -1, u.shape[1])
-    return u.permute(2, 0, 1)
-
-
-def unfold_rows(rows: Tensor, batch: int) -> Tensor:
-    """The inverse of :func:`fold_rows`: (S, R, T) -> (B, T, D)."""
-    if rows.shape[0] == 1:
-        return rows.reshape(batch, -1, rows.shape[-1]).mT
-    return rows.permute(1, 2, 0)
-
-
-def fold_sequence(states: Tensor, scales: int) -> Tensor:
-    """(B, T, D, N) -> (S, R, T, N)."""
-    if scales == 1:
-        return states.transpose(1, 2).reshape(1, -1, states.shape[1], states.shape[3])
-    return states.permute(2, 0, 1, 3)
-
-
-def unfold_sequence(states: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of :func:`fold_sequence`, given the shape (B, T, D)."""
-    batch, steps, dims = shape
-    if states.shape[0] == 1:
-        return states.reshape(batch, dims, steps, -1).transpose(1, 2)
-    return states.permute(1, 2, 0, 3)
-
-
-def fold_state(memory: Tensor, scales: int) -> Tensor:
-    """(B, D, N) -> (S, R, N)."""
-    return memory.reshape(1, -1, memory.shape[-1]) if scales == 1 else memory.transpose(0, 1)
-
-
-def unfold_state(memory: Tensor, shape: torch.Size) -> Tensor:
-    """(S, R, N) -> (B, D, N), given any shape that starts with B."""
-    if memory.shape[0] == 1:
-        return memory.reshape(shape[0], -1, memory.shape[-1])
-    return memory.transpose(0, 1)
 
 
 def _finish(states: Tensor, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:

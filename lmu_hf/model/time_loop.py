@@ -10,9 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .by_system import (
+    chain,
+    fold_rows,
+    fold_sequence,
+    fold_state,
+    product,
+    starts_at_once,
+    unfold_rows,
+    unfold_sequence,
+    unfold_state,
+)
 from .folding import ChunkOperators
 from .gates import Pointwise
-from .memory import fold_rows, fold_state, unfold_rows, unfold_state
 from .precision import full_float32
 
 State = tuple[Tensor, ...]
@@ -160,8 +170,8 @@ class TimeLoop:
             rows = fold_state(after.view(batch, grad_u.shape[2], -1), len(power))
             arriving = inputs[at // chunk]
             with full_float32(power):
-                arriving += unfold_rows(_product(rows, response), batch)
-                after = unfold_state(_product(rows, power), grad_u.shape).flatten(1)
+                arriving += unfold_rows(product(rows, response), batch)
+                after = unfold_state(product(rows, power), grad_u.shape).flatten(1)
             self.backward(at, min(chunk, steps - at), arriving, part)
             with full_float32(power):
                 after.addmm_(part.view(batch, -1), fold)
@@ -175,7 +185,7 @@ def advance(memory: Tensor, u: Tensor, operators: ChunkOperators) -> Tensor:
     power, response = operators.advance
     rows, states = fold_rows(u, len(power)), fold_state(memory, len(power))
     with full_float32(memory):
-        after = _product(rows, response)
+        after = product(rows, response)
         if len(power) == 1:
             after[0].addmm_(states[0], power[0].mT)
         else:
@@ -183,7 +193,43 @@ def advance(memory: Tensor, u: Tensor, operators: ChunkOperators) -> Tensor:
     return unfold_state(after, memory.shape)
 
 
-def _product(rows: Tensor, stack: Tensor) -> Tensor:
-    """rows (S, R, X) @ stack (S, X, Y). Of a single matrix without the detour through a stack, which takes as long again on a
-    GPU, where such products are so small that launching them is what costs."""
-    return torch.mm(rows[0], stack[0])[None] if len(stack) == 1 else torch.bmm(rows, stack)
+def start_all(memory: Tensor, u: Tensor, starts: Tensor, operators: ChunkOperators) -> Tensor:
+    """Writes the memory at the start of each chunk of a segment, and returns it at its end.
+
+    Args:
+        memory: m before the segment (B, D, N).
+        u: of the segment (B, L, D).
+        starts: (B, L / C, D * N).
+        operators: the matrices of a chunk.
+    """
+    power, response = operators.advance
+    rows = fold_rows(u, len(power)).unflatten(2, (-1, operators.chunk))
+    with full_float32(power):
+        states = chain(fold_state(memory, len(power)), rows @ response[:, None], power.mT)
+    by_chunk = unfold_sequence(states, (len(u), states.shape[2], u.shape[2]))
+    starts.copy_(by_chunk[:, :-1].flatten(2))
+    return by_chunk[:, -1]
+
+
+def send_back(grad_u: Tensor, to_starts: Tensor, arrived: Tensor, operators: ChunkOperators) -> None:
+    """The adjoint of a segment's :func:`advance`: adds what the memory at the end of each chunk sends back to u (B, L, D).
+
+    ``to_starts`` (M, D * N) is what reaches the memory at the start of each chunk from within it; ``arrived`` (B, L / C + 1,
+    D * N) takes all that reaches it, and holds in its last place what reaches the end of the segment.
+    """
+    power, response = operators.advance
+    batch, places, _ = arrived.shape
+    to_starts = to_starts.reshape(batch, places - 1, -1)
+    states = arrived.unflatten(2, (-1, power.shape[1]))
+    with full_float32(power):
+        if starts_at_once(power):
+            newest_first = fold_sequence(to_starts.flip(1).unflatten(2, (-1, power.shape[1])), len(power))
+            sent = chain(fold_state(states[:, -1], len(power)), newest_first, power)
+            states.copy_(unfold_sequence(sent, states.shape[:3]).flip(1))
+        else:
+            for index in reversed(range(places - 1)):
+                sent = unfold_state(fold_state(states[:, index + 1], len(power)) @ power, states[:, 0].shape)
+                torch.add(to_starts[:, index], sent.flatten(1), out=arrived[:, index])
+        ends = states[:, 1:].flatten(0, 1)
+        sent = unfold_rows(fold_state(ends, len(power)) @ response.mT, len(ends))
+        grad_u += sent.reshape(grad_u.shape)

@@ -42,17 +42,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .time_loop import State, TimeLoop
-from .triton_parts import activation, add_product, arriving, derivative, gate, hold, read, sigmoid, tanh, write
+from .triton_parts import (
+    ALIGNED,
+    activation,
+    add_product,
+    arriving,
+    backward_sizes,
+    block_sizes,
+    derivative,
+    gate,
+    hold,
+    read,
+    rows_per_program,
+    sigmoid,
+    tanh,
+    write,
+)
 
 # The pointwise steps that the kernels know; keys of GATES.
 KINDS = ("tanh", "sigmoid", "relu", "linear", "lstm", "gru")
-
-# Numbers of R that a program keeps in registers: a quarter of the 64 K registers of a multiprocessor.
-_HELD = 1 << 14
-# Rows of the matrices are filled up to a multiple of this, for loads of 16 bytes, the longest there are.
-_ALIGNED = 8
-# Numbers of a tile, so many that a thread has 32 loads under way.
-_TILE = 1 << 13
 
 
 @triton.jit(do_not_specialize=["first", "count"])
@@ -331,47 +339,6 @@ def backward_kernel(
         write(carry + row * SIZE, n, live, fits, value)
 
 
-def block_sizes(kind: str, size: int, dims: int, chunk: int, rows: int) -> dict[str, Any]:
-    """The constants of both kernels for so many rows per program, and their number of warps."""
-    width = min(max(triton.next_power_of_2(max(size, 1)), 16), 256)
-    gates = 4 if kind in ("lstm", "gru") else 1
-    held = rows == 1 and 0 < size <= width and gates * width * width <= _HELD
-    tile = _TILE // rows
-    dims_at_once = min(triton.next_power_of_2(max(dims, 1)), 64)
-    longest = triton.next_power_of_2(max(size, chunk * dims, 16))
-    return {
-        "KIND": kind,
-        "SIZE": size,
-        "DIMS": dims,
-        "CHUNK": chunk,
-        "BLOCK_B": rows,
-        "BLOCK_N": width,
-        "BLOCK_K": min(max(tile // width, 8), 64),
-        "BLOCK_D": dims_at_once,
-        "BLOCK_R": min(max(tile // dims_at_once, 16), longest, 1024),
-        "BLOCK_L": max(min(tile // 2, 2048) // dims_at_once, 16),
-        "ALIGNED": _ALIGNED,
-        "HELD": held,
-        "UNROLL": 2,
-        "num_warps": 16 if held and gates * width * width > _TILE else 8,
-        "num_stages": 1,  # no load is moved across steps
-    }
-
-
-def backward_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
-    """What the backward kernel takes otherwise: with one row, and one gate, more of smaller tiles."""
-    if sizes["BLOCK_B"] > 1 or sizes["KIND"] in ("lstm", "gru") or sizes["BLOCK_K"] < 32:
-        return sizes
-    return {**sizes, "BLOCK_K": 16, "UNROLL": 4}
-
-
-def rows_per_program(batch: int, like: Tensor) -> int:
-    """One, two or four: the fewest that leave no program waiting for a processor, each of which has registers for one of them;
-    with so many rows that all leave some, four."""
-    processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 1
-    return next((rows for rows in (1, 2) if batch <= rows * processors), 4)
-
-
 class TritonScan(TimeLoop):
     """:class:`scan.NaiveScan` for float32 tensors, with its loop in a kernel; no encoding, no memory in front of h."""
 
@@ -459,7 +426,7 @@ class TritonScan(TimeLoop):
 
 
 def _filled_up(matrix: Tensor) -> Tensor:
-    return F.pad(matrix, (0, -matrix.shape[-1] % _ALIGNED)).contiguous()
+    return F.pad(matrix, (0, -matrix.shape[-1] % ALIGNED)).contiguous()
 
 
 def _on(like: Tensor) -> Any:

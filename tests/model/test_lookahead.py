@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmu_hf.model import chunked_scan, lookahead, plan
+from lmu_hf.model import chunked_scan, lookahead, plan, time_loop
 from lmu_hf.model.cell_registry import build_hidden_cell
 from lmu_hf.model.gates import GATES, gate_weights
 from lmu_hf.model.layer import LMU
@@ -306,7 +306,8 @@ def test_few_rows(cell, system, encoder_act, batch, loop, monkeypatch):
 def test_uncoupled_as_on_cuda(system, folds, rows, monkeypatch):
     """The memory at the start of all chunks at once, in several segments and in one."""
     take(monkeypatch, 2, "folded" if folds else "written")
-    monkeypatch.setattr(chunked_scan, "starts_at_once", lambda like: True)
+    for module in (chunked_scan, time_loop):
+        monkeypatch.setattr(module, "starts_at_once", lambda like: True)
     monkeypatch.setattr(chunked_scan, "_ROWS", rows)
     monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": True})
     layer = build("rnn", "none", system)
