@@ -237,7 +237,7 @@ class Bookkeeping(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
         here = {"hardware": hardware(), "versions": versions()}
-        if not self.run.machines or self.run.machines[-1] != {"from_step": self.run.machines[-1]["from_step"], **here}:
+        if not self.run.machines or any(self.run.machines[-1][name] != value for name, value in here.items()):
             self.run.machines.append({"from_step": state.global_step, **here})
         if state.best_global_step:
             # The path in the checkpoint is that of another working directory, or of before the folder was moved.

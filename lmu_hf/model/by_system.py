@@ -54,10 +54,12 @@ def unfold_state(memory: Tensor, shape: torch.Size) -> Tensor:
     return memory.transpose(0, 1)
 
 
-def product(rows: Tensor, stack: Tensor) -> Tensor:
-    """rows (S, R, X) @ stack (S, X, Y). Of a single matrix without the detour through a stack, which takes as long again on a
-    GPU, where such products are so small that launching them is what costs."""
-    return torch.mm(rows[0], stack[0])[None] if len(stack) == 1 else torch.bmm(rows, stack)
+def product(rows: Tensor, stack: Tensor, out: Tensor | None = None) -> Tensor:
+    """rows (S, R, X) @ stack (S, X, Y), into ``out`` if it is given. Of a single matrix without the detour through a stack, which
+    takes as long again on a GPU, where such products are so small that launching them is what costs."""
+    if len(stack) == 1:
+        return torch.mm(rows[0], stack[0], out=None if out is None else out[0])[None]
+    return torch.bmm(rows, stack, out=out)
 
 
 def starts_at_once(like: Tensor) -> bool:

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .by_system import fold_rows, fold_state, starts_at_once
+from .by_system import fold_rows, fold_state
 from .compiled import SMALL_ORDER, available
 from .folding import ChunkOperators
 from .gates import Pointwise
 from .precision import full_float32
 from .scan import scan_class
-from .time_loop import Encoding, State, TimeLoop, advance, send_back, start_all
+from .time_loop import Encoding, State, TimeLoop, send_back, start_all
 
 # A segment has about this many rows, chunks times batch, for its products to run at full speed, but no more numbers in its
 # largest part than stay in the cache.
@@ -138,7 +138,7 @@ class _ChunkedScan(torch.autograd.Function):
         step, fold = tensors[0], tensors[3]
         batch, width, steps, linear = states[0].shape[0], step.shape[1], settings.steps, settings.cell.linear
         sizes = _Sizes(batch, steps, memory, operators)
-        dims, chunk, total = sizes.dims, sizes.chunk, sizes.total
+        dims, total = sizes.dims, sizes.total
         kept = settings.cell.allocate(states, steps)
         starts: Any = None if memory is None else step.new_empty(batch, sizes.chunks, memory[0].numel())
         feedback = memory is not None and u is None
@@ -158,13 +158,8 @@ class _ChunkedScan(torch.autograd.Function):
                 continue
             if memory is not None:
                 chunks = sizes.of_chunks(first, length)
-                if starts_at_once(step):
-                    memory = start_all(memory, u[:, first : first + length], starts[:, chunks], operators)
-                else:
-                    for at in range(first, first + length, chunk):
-                        starts[:, at // chunk] = memory.flatten(1)
-                        if at + chunk < total:
-                            memory = advance(memory, u[:, at : at + chunk], operators)
+                further = first + length < total
+                memory = start_all(memory, u[:, first : first + length], starts[:, chunks], operators, further=further)
                 of_chunks = starts[:, chunks].flatten(0, 1)
                 u_of_chunks = u[:, first : first + length].reshape(len(of_chunks), -1)
                 if operators.read is None:

@@ -25,14 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .by_system import (
-    chain,
-    fold_rows,
-    fold_state,
-    starts_at_once,
-    unfold_sequence,
-    unfold_state,
-)
+from .by_system import chain, fold_rows, fold_state, product, starts_at_once, unfold_sequence, unfold_state
 from .compiled import LARGEST_ORDER, available
 from .costs import MANY_ROWS, memory_algorithm, memory_chunk
 from .legendre import DelaySystem
@@ -197,7 +190,7 @@ class _Chunks(torch.autograd.Function):
             row[..., order : order + count] = inputs[..., start : start + count]
             chunk = states[..., start * order : (start + count) * order]
             with full_float32(row):
-                _product(row[..., : order + count], operator[:, : order + count, : count * order], chunk)
+                product(row[..., : order + count], operator[:, : order + count, : count * order], out=chunk)
             row[..., :order] = chunk[..., -order:]
         states = states.unflatten(2, (steps, order))
         # Only the gradient of the operator, which a trained theta asks for, looks at the states again.
@@ -257,7 +250,7 @@ class _ChunksAtOnce(torch.autograd.Function):
             else:
                 for index in range(1, chunks):
                     rows[:, :, index, :order] = rows[:, :, index - 1] @ last
-            _product(rows.flatten(1, 2), operator, states)
+            product(rows.flatten(1, 2), operator, out=states)
         ctx.save_for_backward(operator)
         ctx.size = size
         return states.view(scales, count, chunks * size, order)[:, :, :steps]
@@ -335,14 +328,6 @@ class _Scan(torch.autograd.Function):
             grad_Ad = torch.einsum(by_scale, arriving, before).view_as(Ad)
             grad_Bd = torch.einsum("btdi,btd->i" if len(Bd) == 1 else "btdi,btd->di", arriving, u).view_as(Bd)
         return grad_u, grad_memory, grad_Ad, grad_Bd
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right for (S, ...) matrices, into a part of a larger tensor."""
-    if len(left) == 1:
-        torch.mm(left[0], right[0], out=out[0])
-    else:
-        torch.bmm(left, right, out=out)
 
 
 def _fft(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:

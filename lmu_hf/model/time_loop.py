@@ -193,7 +193,7 @@ def advance(memory: Tensor, u: Tensor, operators: ChunkOperators) -> Tensor:
     return unfold_state(after, memory.shape)
 
 
-def start_all(memory: Tensor, u: Tensor, starts: Tensor, operators: ChunkOperators) -> Tensor:
+def start_all(memory: Tensor, u: Tensor, starts: Tensor, operators: ChunkOperators, *, further: bool) -> Tensor:
     """Writes the memory at the start of each chunk of a segment, and returns it at its end.
 
     Args:
@@ -201,8 +201,16 @@ def start_all(memory: Tensor, u: Tensor, starts: Tensor, operators: ChunkOperato
         u: of the segment (B, L, D).
         starts: (B, L / C, D * N).
         operators: the matrices of a chunk.
+        further: there are segments after this one; otherwise nobody asks for the memory at its end, which may be left out.
     """
     power, response = operators.advance
+    if not starts_at_once(power):
+        inputs, count = u.unflatten(1, (-1, operators.chunk)), starts.shape[1]
+        for index in range(count):
+            starts[:, index] = memory.flatten(1)
+            if further or index + 1 < count:
+                memory = advance(memory, inputs[:, index], operators)
+        return memory
     rows = fold_rows(u, len(power)).unflatten(2, (-1, operators.chunk))
     with full_float32(power):
         states = chain(fold_state(memory, len(power)), rows @ response[:, None], power.mT)

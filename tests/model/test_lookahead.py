@@ -306,8 +306,7 @@ def test_few_rows(cell, system, encoder_act, batch, loop, monkeypatch):
 def test_uncoupled_as_on_cuda(system, folds, rows, monkeypatch):
     """The memory at the start of all chunks at once, in several segments and in one."""
     take(monkeypatch, 2, "folded" if folds else "written")
-    for module in (chunked_scan, time_loop):
-        monkeypatch.setattr(module, "starts_at_once", lambda like: True)
+    monkeypatch.setattr(time_loop, "starts_at_once", lambda like: True)
     monkeypatch.setattr(chunked_scan, "_ROWS", rows)
     monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": True})
     layer = build("rnn", "none", system)
