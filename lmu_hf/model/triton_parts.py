@@ -220,7 +220,6 @@ def block_sizes(kind: str, size: int, dims: int, chunk: int, rows: int) -> dict[
         "BLOCK_K": min(max(tile // width, 8), 64),
         "BLOCK_D": dims_at_once,
         "BLOCK_R": min(max(tile // dims_at_once, 16), longest, 1024),
-        "BLOCK_L": max(min(tile // 2, 2048) // dims_at_once, 16),
         "ALIGNED": ALIGNED,
         "HELD": held,
         "UNROLL": 2,
@@ -230,7 +229,9 @@ def block_sizes(kind: str, size: int, dims: int, chunk: int, rows: int) -> dict[
 
 
 def backward_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
-    """What the backward kernel takes otherwise: with one row, and one gate, more of smaller tiles."""
+    """What the backward kernel takes otherwise: longer tiles of the sums that u had a part in, which are those of a chunk; and
+    with one row, and one gate, more of smaller tiles of R."""
+    sizes = {**sizes, "BLOCK_R": max(min(_TILE // sizes["BLOCK_B"] // 2, 2048) // sizes["BLOCK_D"], 16)}
     if sizes["BLOCK_B"] > 1 or sizes["KIND"] in ("lstm", "gru") or sizes["BLOCK_K"] < 32:
         return sizes
     return {**sizes, "BLOCK_K": 16, "UNROLL": 4}

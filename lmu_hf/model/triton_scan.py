@@ -91,7 +91,6 @@ def forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_L: tl.constexpr,
     ALIGNED: tl.constexpr,
     HELD: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -225,7 +224,6 @@ def backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_L: tl.constexpr,
     ALIGNED: tl.constexpr,
     HELD: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -262,9 +260,9 @@ def backward_kernel(
         for start in tl.static_range(0, DIMS, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             inputs = read(grad_u + row * grad_u_row + j * DIMS, d, live, d < DIMS)
-            part = tl.full([BLOCK_B, BLOCK_L, BLOCK_D], 0.0, tl.float32)
+            part = tl.full([BLOCK_B, BLOCK_R, BLOCK_D], 0.0, tl.float32)
             # The gradients of later steps' sums follow each other.
-            part = add_product(part, now + WIDTH, live, lags, d, d < DIMS, back * WIDTH, 1, LATER, BLOCK_L, LATER > BLOCK_L)
+            part = add_product(part, now + WIDTH, live, lags, d, d < DIMS, back * WIDTH, 1, LATER, BLOCK_R, LATER > BLOCK_R)
             if DIMS > BLOCK_D:
                 write(now, d, live, d < DIMS, inputs + tl.sum(part, axis=1))
         for start in range(0, SIZE, BLOCK_N):
