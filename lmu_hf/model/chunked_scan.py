@@ -29,9 +29,9 @@ from .time_loop import Encoding, State, TimeLoop, send_back, start_all
 # largest part than stay in the cache.
 _ROWS = 128
 _NUMBERS = 1 << 20
-# On CUDA a cache of that kind does not exist and what counts is how few kernels are launched: 64 MiB at a time.
+# On CUDA a cache of that kind does not exist and what counts is how few kernels are launched: 128 MiB at a time.
 _ROWS_CUDA = 1 << 14
-_NUMBERS_CUDA = 1 << 24
+_NUMBERS_CUDA = 1 << 25
 
 
 def chunked_scan(
@@ -410,7 +410,7 @@ def _add_step_gradient(total: Tensor, grad: Tensor, u: Tensor | None, before: Te
     size = before.shape[2]
     total[len(total) - size :].addmm_(before.flatten(0, 1).mT, grad)
     if u is not None and len(total) > size:
-        by_chunk = u.unflatten(1, (-1, chunk))
-        # The u of each lag, none before the chunk. Shifting these few numbers spares a copy of the gradients per lag.
-        lags = [F.pad(by_chunk[:, :, :-lag], (0, 0, lag, 0)).flatten(1, 2) for lag in range(chunk - 1, 0, -1)]
-        total[: len(total) - size].addmm_(torch.cat(lags, dim=2).flatten(0, 1).mT, grad)
+        # The u of each lag, none before the chunk: windows over these few numbers spare a copy of the gradients per lag.
+        by_chunk = F.pad(u.unflatten(1, (-1, chunk)), (0, 0, chunk - 1, 0))
+        lags = by_chunk.unfold(2, chunk - 1, 1)[:, :, :chunk].mT.reshape(len(grad), -1)
+        total[: len(total) - size].addmm_(lags.mT, grad)

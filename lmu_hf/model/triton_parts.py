@@ -105,26 +105,28 @@ def add_product(
     n_stride,
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
+    APART: tl.constexpr = 1,
 ):
     """Adds to ``part`` (BLOCK_B, BLOCK_K, BLOCK_N) what summed over its second axis is row (BLOCK_B, inner) @ matrix[:, column].
+    The numbers of a row are APART from each other.
 
     Several products are summed up once: each sum has all threads wait for each other. Three axes from the start, because then
     the numbers of a tile stay in the threads that loaded them. The loads of UNROLL tiles are under way together; of 0, there is
     only one tile, and no loop.
     """
     if UNROLL == 0:
-        part += tile(row, live, matrix, column, fits, 0, inner, k_stride, n_stride, BLOCK_K)
+        part += tile(row, live, matrix, column, fits, 0, inner, k_stride, n_stride, BLOCK_K, APART)
     else:
         for start in tl.range(0, inner, BLOCK_K, loop_unroll_factor=UNROLL):
-            part += tile(row, live, matrix, column, fits, start, inner, k_stride, n_stride, BLOCK_K)
+            part += tile(row, live, matrix, column, fits, start, inner, k_stride, n_stride, BLOCK_K, APART)
     return part
 
 
 @triton.jit
-def tile(row, live, matrix, column, fits, start, inner, k_stride, n_stride, BLOCK_K: tl.constexpr):
+def tile(row, live, matrix, column, fits, start, inner, k_stride, n_stride, BLOCK_K: tl.constexpr, APART: tl.constexpr = 1):
     """Rows ``start`` to ``start`` + BLOCK_K of a product, not yet summed up."""
     k = start + tl.arange(0, BLOCK_K)[None, :, None]
-    left = tl.load(row[:, None, None] + k, mask=live[:, None, None] & (k < inner), other=0.0)
+    left = tl.load(row[:, None, None] + k * APART, mask=live[:, None, None] & (k < inner), other=0.0)
     n = column[None, None, :]
     right = tl.load(matrix + k * k_stride + n * n_stride, mask=(k < inner) & fits[None, None, :], other=0.0)
     return left * right
@@ -202,14 +204,65 @@ def arriving(
     return total
 
 
-def block_sizes(kind: str, size: int, dims: int, chunk: int, rows: int) -> dict[str, Any]:
-    """The constants of both kernels for so many rows per program, and their number of warps."""
+@triton.jit
+def advance(
+    memory, u, after, live, power, response, system,
+    ORDER: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """The memory of some rows a chunk later: m (D, N) @ power^T + u (C, D) @ response, one memory dimension at a time."""
+    for d in range(0, DIMS):
+        of_d = power + d * system * (ORDER * ORDER)
+        by_lag = response + d * system * (CHUNK * ORDER)
+        for start in range(0, ORDER, BLOCK_M):
+            n = start + tl.arange(0, BLOCK_M)
+            fits = n < ORDER
+            part = tl.full([BLOCK_B, BLOCK_L, BLOCK_M], 0.0, tl.float32)
+            part = add_product(part, u + d, live, by_lag, n, fits, CHUNK, ORDER, 1, BLOCK_L, 1, DIMS)
+            part = add_product(part, memory + d * ORDER, live, of_d, n, fits, ORDER, 1, ORDER, BLOCK_L, 2)
+            write(after + d * ORDER, n, live, fits, tl.sum(part, axis=1))
+
+
+@triton.jit
+def send_back(
+    after, grad_u, arrived, live, power, response, system,
+    ORDER: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """The adjoint of :func:`advance`: adds ``after`` @ response^T to the gradient of u, and writes ``after`` @ power."""
+    for d in range(0, DIMS):
+        of_d = power + d * system * (ORDER * ORDER)
+        by_lag = response + d * system * (CHUNK * ORDER)
+        for start in range(0, CHUNK, BLOCK_M):
+            j = start + tl.arange(0, BLOCK_M)
+            part = tl.full([BLOCK_B, BLOCK_L, BLOCK_M], 0.0, tl.float32)
+            part = add_product(part, after + d * ORDER, live, by_lag, j, j < CHUNK, ORDER, 1, ORDER, BLOCK_L, 1)
+            there = read(grad_u + d, j * DIMS, live, j < CHUNK)
+            write(grad_u + d, j * DIMS, live, j < CHUNK, there + tl.sum(part, axis=1))
+        for start in range(0, ORDER, BLOCK_M):
+            n = start + tl.arange(0, BLOCK_M)
+            fits = n < ORDER
+            part = tl.full([BLOCK_B, BLOCK_L, BLOCK_M], 0.0, tl.float32)
+            part = add_product(part, after + d * ORDER, live, of_d, n, fits, ORDER, ORDER, 1, BLOCK_L, 2)
+            write(arrived + d * ORDER, n, live, fits, tl.sum(part, axis=1))
+
+
+def takes_memory(dims: int, order: int) -> bool:
+    """Whether the way of the memory from chunk to chunk belongs into the kernels: each program reads all of its matrices, for its
+    few rows, which saves three launches and is worth it while they are of the size of R."""
+    return 0 < dims <= 8 and dims * order * order <= 1 << 17
+
+
+def block_sizes(kind: str, size: int, dims: int, chunk: int, rows: int, order: int = 0) -> dict[str, Any]:
+    """The constants of both kernels for so many rows per program, and their number of warps; ``order`` is 0 where they leave
+    the memory alone."""
     width = min(max(triton.next_power_of_2(max(size, 1)), 16), 256)
     gates = 4 if kind in ("lstm", "gru") else 1
     held = rows == 1 and 0 < size <= width and gates * width * width <= _HELD
     tile = _TILE // rows
     dims_at_once = min(triton.next_power_of_2(max(dims, 1)), 64)
     longest = triton.next_power_of_2(max(size, chunk * dims, 16))
+    coefficients = min(max(triton.next_power_of_2(max(order, 1)), 16), 256)
     return {
         "KIND": kind,
         "SIZE": size,
@@ -223,6 +276,9 @@ def block_sizes(kind: str, size: int, dims: int, chunk: int, rows: int) -> dict[
         "ALIGNED": ALIGNED,
         "HELD": held,
         "UNROLL": 2,
+        "ORDER": order,
+        "BLOCK_M": coefficients,
+        "BLOCK_L": min(max(tile // coefficients, 8), 64),
         "num_warps": 16 if held and gates * width * width > _TILE else 8,
         "num_stages": 1,  # no load is moved across steps
     }

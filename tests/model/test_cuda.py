@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_kernels import CASES, TRITON, close, run
+from test_kernels import CASES, FEEDBACK, TRITON, close, named, run, run_feedback
 from torch import nn
 
 from lmu_hf import LMU, LMUConfig, LMUForCausalLM, LMUForSequenceClassification
@@ -22,6 +22,11 @@ LARGE = [
     ("lstm", 100, 212, 1, 32, 70, 1),
     ("gru", 33, 64, 3, 16, 40, 1),
 ]
+LARGE_FEEDBACK = [
+    ("tanh", 100, 212, 1, 1, 256, 32, 100, 1),
+    ("tanh", 300, 212, 2, 2, 250, 16, 40, 2),
+    ("lstm", 7, 64, 8, 8, 100, 8, 30, 1),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -34,15 +39,19 @@ def exact_products():
 
 
 @pytest.mark.skipif(not TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
-def test_kernels_equal_the_naive_scan(case, monkeypatch):
+@pytest.mark.parametrize(
+    ("runs", "case"),
+    [(run, case) for case in CASES + LARGE] + [(run_feedback, case) for case in FEEDBACK + LARGE_FEEDBACK],
+    ids=named,
+)
+def test_kernels_equal_the_naive_scan(runs, case, monkeypatch):
     from lmu_hf.model import triton_scan
 
     *case, rows = case
     monkeypatch.setattr(triton_scan, "rows_per_program", lambda batch, like: rows)
     with torch.device("cuda"):
-        results = run(triton_scan.TritonScan, *case)
-        for ours, naive in zip(results, run(NaiveScan, *case), strict=True):
+        results = runs(triton_scan.TritonScan, *case)
+        for ours, naive in zip(results, runs(NaiveScan, *case), strict=True):
             # Sums of up to 7,000 products in float32, added in another order.
             close(ours, naive, 2e-5)
 

@@ -73,14 +73,64 @@ def run(scan_of, kind, batch, size, dims, chunk, steps):
     return [*kept, u, grad_sums, *scan.initial_gradients()]
 
 
+# kind, batch, hidden size, D, windows, N, C, T, rows per program
+FEEDBACK = [
+    ("tanh", 3, 5, 1, 1, 4, 8, 27, 2),
+    ("tanh", 2, 7, 2, 1, 33, 4, 9, 1),
+    ("lstm", 3, 5, 2, 2, 17, 4, 13, 1),
+    ("linear", 5, 0, 3, 3, 5, 2, 8, 4),
+    ("gru", 2, 3, 1, 1, 300, 4, 7, 2),
+    ("tanh", 2, 3, 9, 1, 4, 2, 5, 1),  # more dimensions than the kernels take
+]
+
+
+def run_feedback(scan_of, kind, batch, size, dims, windows, order, chunk, steps):
+    """The same for chunks that the memory joins, cut into two segments, with and without gradients of the memory itself."""
+    torch.manual_seed(0)
+    states = tuple(torch.randn(batch, size) for _ in range(1 + (kind == "lstm")))
+    width = dims + size * (4 if kind in ("lstm", "gru") else 1)
+    step = torch.randn((chunk - 1) * dims + size, width) * 0.5 / (size + dims) ** 0.5
+    chunks = -(-steps // chunk)
+    segment = chunks // 2 * chunk
+    # Small enough that rounding fades from chunk to chunk rather than grows.
+    power = torch.randn(windows, order, order) * 0.5 / order**0.5
+    fold = torch.randn(dims * order, chunk * width) * 0.5 / (dims * order) ** 0.5
+    operators = ChunkOperators(step, power, torch.randn(windows, chunk, order) * 0.5 / chunk**0.5, fold)
+    known = torch.randn(batch, chunks * chunk, width)
+    kept = tuple(tensor.fill_(torch.nan) for tensor in Pointwise(kind).allocate(states, steps))
+    u, starts = known.new_full((batch, chunks * chunk, dims), 0.0), known.new_full((batch, chunks, dims * order), torch.nan)
+    scan = scan_of(Pointwise(kind), step, chunk, dims, states, kept)
+    memory = torch.randn(batch, dims, order)
+    for first, length in ((0, segment), (segment, chunks * chunk - segment)):
+        of_segment = known[:, first : first + length].clone()
+        memory = scan.feedback_forward(first, of_segment, u, starts, memory, operators)
+    grads = tuple(torch.randn(batch, steps, size) for _ in states)
+    results = [*kept, u, starts]
+    for grad_starts in (None, torch.randn_like(starts)):
+        grad_u = torch.randn_like(u)
+        scan = scan_of(Pointwise(kind), step, chunk, dims, states, kept)
+        scan.start_backward(grads)
+        after = torch.randn(batch, dims * order)
+        for first, length in ((segment, chunks * chunk - segment), (0, segment)):
+            # Where the last chunk is not full, its sums have no gradients.
+            grad_sums = torch.zeros(batch, length, width)
+            arrived = torch.full((batch, length // chunk + 1, dims * order), torch.nan)
+            arrived[:, -1] = after
+            scan.feedback_backward(first, grad_u, grad_sums, grad_starts, arrived, operators)
+            after = arrived[:, 0]
+            results += [grad_sums, arrived]
+        results += scan.initial_gradients()
+    return results
+
+
 # ---- in the process of the interpreter
 
 
-def interpreted(*case, rows):
+def interpreted(runs, *case, rows):
     from lmu_hf.model import triton_scan
 
     triton_scan.rows_per_program = lambda batch, like: rows
-    return run(triton_scan.TritonScan, *case)
+    return runs(triton_scan.TritonScan, *case)
 
 
 def interpreted_layer(arguments, autocast, weights, x, lengths):
@@ -124,6 +174,10 @@ def interpreter():
         yield pool
 
 
+def named(parameter):
+    return getattr(parameter, "__name__", str(parameter))
+
+
 def close(ours, naive, tolerance):
     assert torch.isfinite(naive).all()
     assert ours.shape == naive.shape
@@ -132,11 +186,13 @@ def close(ours, naive, tolerance):
 
 
 @with_triton
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_naive(interpreter, case):
+@pytest.mark.parametrize(
+    ("runs", "case"), [(run, case) for case in CASES] + [(run_feedback, case) for case in FEEDBACK], ids=named
+)
+def test_equals_naive(interpreter, runs, case):
     *case, rows = case
-    results = interpreter.submit(interpreted, *case, rows=rows).result()
-    for ours, naive in zip(results, run(NaiveScan, *case), strict=True):
+    results = interpreter.submit(interpreted, runs, *case, rows=rows).result()
+    for ours, naive in zip(results, runs(NaiveScan, *case), strict=True):
         # Sums of up to 850 products in float32, added in another order: 1e-6 at most was seen, through twenty steps.
         close(ours, naive, 5e-6)
 
@@ -211,9 +267,11 @@ def pointwise(kind, x):
 # ---- compiled, without a GPU
 
 COMPILED = [
-    # kind, hidden size, D, C, rows per program
+    # kind, hidden size, D, C, rows per program, N
     ("tanh", 212, 1, 16, 1),
+    ("tanh", 212, 1, 32, 1, 256),
     ("tanh", 212, 1, 32, 4),
+    ("lstm", 64, 2, 16, 4, 100),
     ("tanh", 212, 0, 16, 1),
     ("relu", 128, 64, 4, 1),
     ("sigmoid", 5, 2, 8, 1),
@@ -233,10 +291,9 @@ def compile_for(architecture, case, tmp_path):
     from lmu_hf.model import triton_scan
 
     os.environ["TRITON_CACHE_DIR"] = tmp_path  # nothing is taken from an earlier run
-    *case, rows = case
     results = []
     for kernel in (triton_scan.forward_kernel, triton_scan.backward_kernel):
-        sizes = triton_scan.block_sizes(*case, rows)
+        sizes = triton_scan.block_sizes(*case)
         if kernel is triton_scan.backward_kernel:
             sizes = triton_scan.backward_sizes(sizes)
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
@@ -250,6 +307,10 @@ def compile_for(architecture, case, tmp_path):
             "u_row",
             "grad_u_row",
             "sums_row",
+            "memory_row",
+            "arrived_row",
+            "system",
+            "further",
         }
         signature = {
             name: "constexpr" if name in sizes else "i32" if name in integers else "*fp32" for name in kernel.arg_names
@@ -308,7 +369,7 @@ def test_naive_where_triton_is_missing(monkeypatch):
     monkeypatch.setenv("LMU_HF_NATIVE", "0")
     monkeypatch.setattr("lmu_hf.model.scan.available", lambda like: False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in ("triton_scan", "triton_parts"):
+    for name in ("triton_scan", "triton_steps", "triton_parts"):
         monkeypatch.delitem(sys.modules, f"lmu_hf.model.{name}", raising=False)
     assert scan_class(torch.ones(2)) is NaiveScan
 
@@ -327,7 +388,7 @@ def test_a_checkpoint_does_not_ask_for_triton():
     from lmu_hf.model import scan
 
     folder = os.path.dirname(scan.__file__)
-    for name in ("scan", "triton_scan", "triton_parts"):
+    for name in ("scan", "triton_scan", "triton_steps", "triton_parts"):
         assert "triton" not in get_imports(os.path.join(folder, f"{name}.py"))
 
 
