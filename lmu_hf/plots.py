@@ -25,7 +25,9 @@ _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#595959"
 _SHARES = {"accuracy": "validation accuracy (%)", "nrmse": "validation NRMSE (%)"}
 
 
-def learning_curve(history: Sequence[dict[str, float]], path: str | Path, best_epoch: float | None = None) -> None:
+def learning_curve(
+    history: Sequence[dict[str, float]], path: str | Path, best_epoch: float | None = None, *, moved: bool = False
+) -> None:
     """Draws loss and, where there is one, accuracy or NRMSE over the epochs.
 
     Args:
@@ -33,12 +35,13 @@ def learning_curve(history: Sequence[dict[str, float]], path: str | Path, best_e
             a share).
         path: file to write; its ending says the format.
         best_epoch: epoch whose weights were kept, marked by a line.
+        moved: the loss of training is also that of rows moved against it, and so above that of validation.
     """
     share = next((name for name in _SHARES if _curve(history, name)), None)
     figure, axes = _figure(7.5 if share else 4.5, 3.0, columns=2 if share else 1)
     loss = axes[0]
     for name, label, colour, style in (
-        ("train_loss", "training", _ORANGE, "--"),
+        ("train_loss", "training, with moved rows" if moved else "training", _ORANGE, "--"),
         ("loss", "validation", _BLUE, "-"),
     ):
         if curve := _curve(history, name):
@@ -180,7 +183,9 @@ def draw(result: dict[str, Any], folder: str | Path) -> list[str]:
     """
     written = []
     if len(result.get("history", ())) > 1:
-        learning_curve(result["history"], Path(folder) / LEARNING_CURVE, result.get("best_epoch"))
+        settings = result.get("settings") or result.get("experiment", {}).get("training", {})
+        moved = bool(settings.get("adversarial_radius"))
+        learning_curve(result["history"], Path(folder) / LEARNING_CURVE, result.get("best_epoch"), moved=moved)
         written.append(LEARNING_CURVE)
     confusion = result.get("confusion")
     if confusion and len(confusion["labels"]) <= MAX_CLASSES:

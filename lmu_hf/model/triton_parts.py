@@ -227,16 +227,19 @@ def advance(
 def send_back(
     after, grad_u, arrived, live, power, response, system,
     ORDER: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The adjoint of :func:`advance`: adds ``after`` @ response^T to the gradient of u, and writes ``after`` @ power."""
+    # The same number of products in a tile, fewer of them columns: a chunk is shorter than a memory.
+    BLOCK_J: tl.constexpr = BLOCK_M if BLOCK_M < BLOCK_C else BLOCK_C
+    BLOCK_I: tl.constexpr = BLOCK_L * (BLOCK_M // BLOCK_J)
     for d in range(0, DIMS):
         of_d = power + d * system * (ORDER * ORDER)
         by_lag = response + d * system * (CHUNK * ORDER)
-        for start in range(0, CHUNK, BLOCK_M):
-            j = start + tl.arange(0, BLOCK_M)
-            part = tl.full([BLOCK_B, BLOCK_L, BLOCK_M], 0.0, tl.float32)
-            part = add_product(part, after + d * ORDER, live, by_lag, j, j < CHUNK, ORDER, 1, ORDER, BLOCK_L, 1)
+        for start in range(0, CHUNK, BLOCK_J):
+            j = start + tl.arange(0, BLOCK_J)
+            part = tl.full([BLOCK_B, BLOCK_I, BLOCK_J], 0.0, tl.float32)
+            part = add_product(part, after + d * ORDER, live, by_lag, j, j < CHUNK, ORDER, 1, ORDER, BLOCK_I, 1)
             there = read(grad_u + d, j * DIMS, live, j < CHUNK)
             write(grad_u + d, j * DIMS, live, j < CHUNK, there + tl.sum(part, axis=1))
         for start in range(0, ORDER, BLOCK_M):
@@ -287,7 +290,8 @@ def block_sizes(kind: str, size: int, dims: int, chunk: int, rows: int, order: i
 def backward_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
     """What the backward kernel takes otherwise: longer tiles of the sums that u had a part in, which are those of a chunk; and
     with one row, and one gate, more of smaller tiles of R."""
-    sizes = {**sizes, "BLOCK_R": max(min(_TILE // sizes["BLOCK_B"] // 2, 2048) // sizes["BLOCK_D"], 16)}
+    longest = max(min(_TILE // sizes["BLOCK_B"] // 2, 2048) // sizes["BLOCK_D"], 16)
+    sizes = {**sizes, "BLOCK_R": longest, "BLOCK_C": max(triton.next_power_of_2(sizes["CHUNK"]), 16)}
     if sizes["BLOCK_B"] > 1 or sizes["KIND"] in ("lstm", "gru") or sizes["BLOCK_K"] < 32:
         return sizes
     return {**sizes, "BLOCK_K": 16, "UNROLL": 4}

@@ -220,6 +220,7 @@ def backward_kernel(
     ORDER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """:meth:`NaiveScan.backward`, each gradient gathered from those of the later steps rather than added to by them.
 
@@ -240,7 +241,7 @@ def backward_kernel(
     if ORDER > 0:
         send_back(
             after + row * arrived_row, grad_u + row * grad_u_row, arrived + row * arrived_row, live, power, response, system,
-            ORDER, DIMS, CHUNK, BLOCK_B, BLOCK_M, BLOCK_L,
+            ORDER, DIMS, CHUNK, BLOCK_B, BLOCK_M, BLOCK_L, BLOCK_C,
         )  # fmt: skip
         tl.debug_barrier()
     held_0 = row

@@ -157,28 +157,37 @@ def describe(result: dict) -> str:
 
 
 def draw(report: dict, path: Path) -> None:
-    """Times beside the shortest time that the device's limits allow, one panel per case."""
+    """Times, ours in orange, beside the shortest time that the device's limits allow, one panel per case."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(report["results"]), figsize=(4 * len(report["results"]), 4), squeeze=False)
-    for panel, (name, result) in zip(panels[0], report["results"].items(), strict=True):
+    results = report["results"]
+    columns = min(len(results), 3)
+    rows = -(-len(results) // columns)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.6 * rows), sharey=True, squeeze=False)
+    for panel in panels.flat[len(results) :]:
+        panel.remove()
+    for panel, name in zip(panels.flat, results, strict=False):
+        result = results[name]
         names = list(result["ms"])
         medians = [statistics.median(result["ms"][one]) for one in names]
         spread = [
             [median - min(result["ms"][one]) for one, median in zip(names, medians, strict=True)],
             [max(result["ms"][one]) - median for one, median in zip(names, medians, strict=True)],
         ]
-        panel.bar(names, medians, yerr=spread, capsize=3, label="median, least to most")
+        colours = ["tab:orange" if one.startswith("ours") else "tab:blue" for one in names]
+        panel.bar(names, medians, yerr=spread, capsize=3, color=colours, label="median, least to most")
         panel.plot(
             names, [result["shares"][one]["limit_ms"] for one in names], "k_", markersize=18, label="limit of the device"
         )
         panel.set_yscale("log")
         panel.set_title(name)
-        panel.set_ylabel("ms, forward and backward")
         panel.tick_params(axis="x", rotation=60)
+        panel.tick_params(axis="y", labelleft=True)
+    for row in panels:
+        row[0].set_ylabel("ms, forward and backward")
     panels[0][0].legend(fontsize=7)
     figure.suptitle(report["device"])
     figure.tight_layout()
