@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 
 import torch
 from worker import resident
@@ -67,13 +68,17 @@ def stream(delay: int) -> None:
 
 
 def main(folder: Path) -> None:
-    curves: dict[str, dict[int, dict[float, float]]] = {}
+    seeds: dict[str, dict[int, list]] = {}
     for path in sorted(folder.glob("delay-*.json")):
         result = json.loads(path.read_text())
         kind = "LMU" if result["name"].startswith("delay-lmu") else "LSTM"
         name = f"{kind}, {result['parameters']['trainable']:,} parameters"
         delay = result["experiment"]["task"]["delay"]
-        curves.setdefault(name, {})[delay] = _shares(result["targets"]["test"])
+        seeds.setdefault(name, {}).setdefault(delay, []).append(_shares(result["targets"]["test"]))
+    curves = {
+        name: {delay: {share: mean(run[share] for run in runs) for share in runs[0]} for delay, runs in by_delay.items()}
+        for name, by_delay in seeds.items()
+    }
     memory = {}
     for delay in DELAYS:
         with torch.no_grad():
