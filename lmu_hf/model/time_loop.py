@@ -126,15 +126,46 @@ class TimeLoop:
         """
         assert operators.fold is not None
         chunk, steps, batch = operators.chunk, self.kept[0].shape[1], len(known)
-        begun, inputs = starts.unbind(1), u.unflatten(1, (-1, chunk)).unbind(1)
+        begun = starts.unbind(1)
+        if first == 0:
+            begun[0].copy_(memory.flatten(1))
         for at, part in zip(range(first, steps, chunk), known.unflatten(1, (-1, chunk)).unbind(1), strict=False):
             index = at // chunk
-            start = begun[index].copy_(memory.flatten(1))
             with full_float32(known):
-                part.view(batch, -1).addmm_(start, operators.fold)
-            self.forward(at, min(chunk, steps - at), part, u)
-            if at + chunk < steps:
-                memory = advance(memory, inputs[index], operators)
+                part.view(batch, -1).addmm_(begun[index], operators.fold)
+            after = begun[index + 1] if at + chunk < steps else None
+            memory = self.chunk_forward(at, part, u, memory, begun[index], after, operators)
+        return memory
+
+    def chunk_forward(
+        self,
+        first: int,
+        known: Tensor,
+        u: Tensor,
+        memory: Tensor,
+        start: Tensor,
+        after: Tensor | None,
+        operators: ChunkOperators,
+    ) -> Tensor:
+        """The steps of one chunk of :meth:`feedback_forward`, and the way of the memory to the next.
+
+        Args:
+            first: the first step of the chunk.
+            known: what the inputs and the memory contribute to the sums (B, C, W).
+            u: where the memory's input goes (B, K * C, D), all chunks of the sequence.
+            memory: m before the chunk (B, D, N).
+            start: the same where the starts of the chunks lie (B, D * N).
+            after: where m after the chunk goes (B, D * N); None if there is no chunk after it.
+            operators: the matrices of a chunk.
+
+        Returns:
+            m after the chunk (B, D, N); without ``after``, m before it.
+        """
+        self.forward(first, min(self.chunk, self.kept[0].shape[1] - first), known, u)
+        if after is None:
+            return memory
+        memory = advance(memory, u[:, first : first + self.chunk], operators)
+        after.copy_(memory.flatten(1))
         return memory
 
     def feedback_backward(
@@ -157,27 +188,44 @@ class TimeLoop:
                 last place holds that of the memory after them.
             operators: the matrices of a chunk.
         """
-        (power, response), fold = operators.advance, operators.fold
-        assert fold is not None
-        chunk, steps, batch = operators.chunk, self.kept[0].shape[1], len(grad_u)
-        response, fold = response.mT, fold.mT
+        assert operators.fold is not None
+        chunk, batch, fold = operators.chunk, len(grad_u), operators.fold.mT
         places, parts = arrived.unbind(1), grad_sums.unflatten(1, (-1, chunk)).unbind(1)
         inputs = grad_u.unflatten(1, (-1, chunk)).unbind(1)
         after = places[-1]
         for index, part in reversed(list(enumerate(parts))):
-            at = first + index * chunk
-            # What the memory at the end of the chunk sends back, to the u of the chunk and to the memory at its start.
-            rows = fold_state(after.view(batch, grad_u.shape[2], -1), len(power))
-            arriving = inputs[at // chunk]
-            with full_float32(power):
-                arriving += unfold_rows(product(rows, response), batch)
-                after = unfold_state(product(rows, power), grad_u.shape).flatten(1)
-            self.backward(at, min(chunk, steps - at), arriving, part)
-            with full_float32(power):
+            at, place = first + index * chunk, places[index]
+            after = self.chunk_backward(at, inputs[at // chunk], part, after, place, operators)
+            with full_float32(fold):
                 after.addmm_(part.view(batch, -1), fold)
             if grad_starts is not None:
                 after += grad_starts[:, at // chunk]
-            places[index].copy_(after)
+            place.copy_(after)  # nothing, if it is there
+
+    def chunk_backward(
+        self, first: int, grad_u: Tensor, grad_sums: Tensor, after: Tensor, place: Tensor, operators: ChunkOperators
+    ) -> Tensor:
+        """The adjoint of :meth:`chunk_forward`.
+
+        Args:
+            first: the first step of the chunk.
+            grad_u: gradients that reach the u of the chunk from elsewhere (B, C, D); overwritten.
+            grad_sums: where the gradients of the sums of its steps go (B, C, W).
+            after: gradient of the memory after the chunk (B, D * N).
+            place: where that of the memory before it may be returned (B, D * N).
+            operators: the matrices of a chunk.
+
+        Returns:
+            What reaches the memory before the chunk from that after it (B, D * N).
+        """
+        # What the memory at the end of the chunk sends back, to the u of the chunk and to the memory at its start.
+        power, response = operators.advance
+        rows = fold_state(after.view(*grad_u.shape[::2], -1), len(power))
+        with full_float32(power):
+            grad_u += unfold_rows(product(rows, response.mT), len(grad_u))
+            before = unfold_state(product(rows, power), grad_u.shape).flatten(1)
+        self.backward(first, min(self.chunk, self.kept[0].shape[1] - first), grad_u, grad_sums)
+        return before
 
 
 def advance(memory: Tensor, u: Tensor, operators: ChunkOperators) -> Tensor:

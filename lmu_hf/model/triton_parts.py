@@ -265,7 +265,6 @@ def block_sizes(kind: str, size: int, dims: int, chunk: int, rows: int, order: i
     tile = _TILE // rows
     dims_at_once = min(triton.next_power_of_2(max(dims, 1)), 64)
     longest = triton.next_power_of_2(max(size, chunk * dims, 16))
-    coefficients = min(max(triton.next_power_of_2(max(order, 1)), 16), 256)
     return {
         "KIND": kind,
         "SIZE": size,
@@ -279,12 +278,16 @@ def block_sizes(kind: str, size: int, dims: int, chunk: int, rows: int, order: i
         "ALIGNED": ALIGNED,
         "HELD": held,
         "UNROLL": 2,
-        "ORDER": order,
-        "BLOCK_M": coefficients,
-        "BLOCK_L": min(max(tile // coefficients, 8), 64),
+        **memory_sizes(order, rows),
         "num_warps": 16 if held and gates * width * width > _TILE else 8,
         "num_stages": 1,  # no load is moved across steps
     }
+
+
+def memory_sizes(order: int, rows: int) -> dict[str, Any]:
+    """Those of :func:`block_sizes` that concern the memory."""
+    coefficients = min(max(triton.next_power_of_2(max(order, 1)), 16), 256)
+    return {"ORDER": order, "BLOCK_M": coefficients, "BLOCK_L": min(max(_TILE // rows // coefficients, 8), 64)}
 
 
 def backward_sizes(sizes: dict[str, Any]) -> dict[str, Any]:

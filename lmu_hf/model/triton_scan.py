@@ -42,9 +42,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .folding import ChunkOperators
-from .precision import full_float32
 from .time_loop import State, TimeLoop
-from .triton_parts import ALIGNED, backward_sizes, block_sizes, rows_per_program, takes_memory
+from .triton_parts import ALIGNED, backward_sizes, block_sizes, memory_sizes, rows_per_program, takes_memory
 from .triton_steps import backward_kernel, forward_kernel
 
 # The pointwise steps that the kernels know; keys of GATES.
@@ -62,15 +61,21 @@ class TritonScan(TimeLoop):
         self.steps = self.kept[0].shape[1]
         self.past, self.recurrent = self.step.tensor_split([len(self.step) - size])  # of u ((C - 1) * D, W), of h (H, W)
         self.rows = rows_per_program(self.batch, self.step)
+        self.sizes = block_sizes(self.cell.kind, size, self.dims, self.chunk, self.rows)
         self.states = tuple(state.contiguous() for state in self.states)
         # An argument that a kind has no use for still has to be some pointer.
         hidden, *further = self.kept
         self.kept = (hidden, further[0] if self.cell.kind == "lstm" else hidden, self.kept[-1])
         self.grid = (triton.cdiv(self.batch, self.rows),)
+        self.memory: dict[str, Any] = {}  # see of_memory
 
-    def sizes(self, order: int) -> dict[str, Any]:
-        """The constants of the forward kernel; ``order`` is 0 if it leaves the memory alone."""
-        return block_sizes(self.cell.kind, len(self.recurrent), self.dims, self.chunk, self.rows, order)
+    def of_memory(self, operators: ChunkOperators) -> dict[str, Any]:
+        """What a kernel of either direction takes to bring the memory from chunk to chunk; empty if it leaves that alone."""
+        power, response = operators.advance
+        if not self.memory and takes_memory(self.dims, power.shape[1]):
+            matrices = {"power": power.contiguous(), "response": response.contiguous(), "system": int(len(power) > 1)}
+            self.memory = {**matrices, **memory_sizes(power.shape[1], self.rows)}
+        return self.memory
 
     @cached_property
     def forwards(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,66 +83,45 @@ class TritonScan(TimeLoop):
         return self.step[:, : self.dims].mT.contiguous(), self._by_gate(self.past), self._by_gate(self.recurrent)
 
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
-        known = known if known.stride(2) == 1 else known.contiguous()
-        nothing = (self.states[0],) * 4
-        with _on(known):
-            self._launch_forward(self.sizes(0), first, count, known, u, nothing, (0, 0, 0))
+        nothing = dict.fromkeys(("memory", "after", "power", "response"), self.states[0])
+        self._forward(first, count, known, u, **nothing, memory_row=0, system=0, further=0)
 
-    def _launch_forward(
+    def _forward(self, first: int, count: int, known: Tensor, u: Tensor, **of_memory: Any) -> None:
+        known = known if known.stride(2) == 1 else known.contiguous()
+        with _on(known):
+            forward_kernel[self.grid](
+                known,
+                *self.forwards,
+                u,
+                *self.kept,
+                self.states[0],
+                self.states[-1],
+                first=first,
+                count=count,
+                batch=self.batch,
+                steps=self.steps,
+                known_row=known.stride(0),
+                known_step=known.stride(1),
+                u_row=u.stride(0),
+                **{**self.sizes, **of_memory},
+            )
+
+    def chunk_forward(
         self,
-        sizes: dict[str, Any],
         first: int,
-        count: int,
         known: Tensor,
         u: Tensor,
-        of_memory: tuple[Tensor, ...],
-        how: tuple[int, int, int],
-    ) -> None:
-        """``of_memory``: m, where its successor goes, and the two matrices; ``how``: arguments memory_row, system and further."""
-        forward_kernel[self.grid](
-            known,
-            *self.forwards,
-            u,
-            *self.kept,
-            self.states[0],
-            self.states[-1],
-            *of_memory,
-            first,
-            count,
-            self.batch,
-            self.steps,
-            *known.stride()[:2],
-            u.stride(0),
-            *how,
-            **sizes,
-        )
-
-    def feedback_forward(
-        self, first: int, known: Tensor, u: Tensor, starts: Tensor, memory: Tensor, operators: ChunkOperators
+        memory: Tensor,
+        start: Tensor,
+        after: Tensor | None,
+        operators: ChunkOperators,
     ) -> Tensor:
-        power, response = operators.advance
-        if not takes_memory(self.dims, power.shape[1]):
-            return super().feedback_forward(first, known, u, starts, memory, operators)
-        # Two launches a chunk: with few rows it is they that take the time.
-        assert operators.fold is not None
-        fold, matrices = operators.fold, (power.contiguous(), response.contiguous())
-        sizes, parts, begun = self.sizes(power.shape[1]), known.unflatten(1, (-1, self.chunk)).unbind(1), starts.unbind(1)
-        begun[first // self.chunk].copy_(memory.flatten(1))
-        with _on(known), full_float32(known):
-            for at, part in zip(range(first, self.steps, self.chunk), parts, strict=False):
-                start = begun[at // self.chunk]
-                further = at + self.chunk < self.steps
-                after = begun[at // self.chunk + 1] if further else start
-                part.view(self.batch, -1).addmm_(start, fold)
-                self._launch_forward(
-                    sizes,
-                    at,
-                    min(self.chunk, self.steps - at),
-                    part,
-                    u,
-                    (start, after, *matrices),
-                    (starts.stride(0), int(len(power) > 1), int(further)),
-                )
+        of_memory = self.of_memory(operators)
+        if not of_memory:
+            return super().chunk_forward(first, known, u, memory, start, after, operators)
+        further, after = int(after is not None), start if after is None else after
+        where = {"memory": start, "after": after, "memory_row": start.stride(0), "further": further}
+        self._forward(first, min(self.chunk, self.steps - first), known, u, **of_memory, **where)
         return after.view(memory.shape)
 
     def _by_gate(self, matrix: Tensor) -> Tensor:
@@ -148,6 +132,7 @@ class TritonScan(TimeLoop):
 
     def start_backward(self, grads: State) -> None:
         self.grads = [grad.contiguous() for grad in grads]
+        self.sizes = backward_sizes(self.sizes)
         by_lag = self.past.unflatten(0, (-1, self.dims)) if self.dims else self.past.unsqueeze(1)
         self.lags = by_lag.flip(0).transpose(0, 1).contiguous()
         self.transposed = _filled_up(self.recurrent.mT)
@@ -155,73 +140,43 @@ class TritonScan(TimeLoop):
         self.carried = self.carry.new_zeros(2, *self.carry.shape)
 
     def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
-        nothing = (self.states[0],) * 4
-        with _on(grad_sums):
-            self._launch_backward(backward_sizes(self.sizes(0)), first, count, grad_u, grad_sums, nothing, (0, 0))
+        nothing = dict.fromkeys(("after", "arrived", "power", "response"), self.states[0])
+        self._backward(first, count, grad_u, grad_sums, **nothing, arrived_row=0, system=0)
 
-    def _launch_backward(
-        self,
-        sizes: dict[str, Any],
-        first: int,
-        count: int,
-        grad_u: Tensor,
-        grad_sums: Tensor,
-        of_memory: tuple[Tensor, ...],
-        how: tuple[int, int],
-    ) -> None:
-        """``of_memory``: the gradient of m after the chunk, where that of m before it goes, and the two matrices; ``how``:
-        arguments arrived_row and system."""
+    def _backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor, **of_memory: Any) -> None:
         assert grad_sums.stride(1) == grad_sums.shape[2]
         assert not self.dims or grad_u.stride(1) == self.dims
-        backward_kernel[self.grid](
-            self.lags,
-            self.transposed,
-            grad_u,
-            grad_sums,
-            self.grads[0],
-            self.grads[-1],
-            *self.kept,
-            self.states[0],
-            self.states[-1],
-            self.carry,
-            self.carried,
-            *of_memory,
-            first,
-            count,
-            self.batch,
-            self.steps,
-            grad_u.stride(0),
-            grad_sums.stride(0),
-            *how,
-            **sizes,
-        )
+        with _on(grad_sums):
+            backward_kernel[self.grid](
+                self.lags,
+                self.transposed,
+                grad_u,
+                grad_sums,
+                self.grads[0],
+                self.grads[-1],
+                *self.kept,
+                self.states[0],
+                self.states[-1],
+                self.carry,
+                self.carried,
+                first=first,
+                count=count,
+                batch=self.batch,
+                steps=self.steps,
+                grad_u_row=grad_u.stride(0),
+                sums_row=grad_sums.stride(0),
+                **{**self.sizes, **of_memory},
+            )
 
-    def feedback_backward(
-        self,
-        first: int,
-        grad_u: Tensor,
-        grad_sums: Tensor,
-        grad_starts: Tensor | None,
-        arrived: Tensor,
-        operators: ChunkOperators,
-    ) -> None:
-        power, response = operators.advance
-        if not takes_memory(self.dims, power.shape[1]):
-            super().feedback_backward(first, grad_u, grad_sums, grad_starts, arrived, operators)
-            return
-        assert operators.fold is not None
-        fold, matrices = operators.fold.mT, (power.contiguous(), response.contiguous())
-        sizes, how = backward_sizes(self.sizes(power.shape[1])), (arrived.stride(0), int(len(power) > 1))
-        parts, places = grad_sums.unflatten(1, (-1, self.chunk)).unbind(1), arrived.unbind(1)
-        inputs = grad_u.unflatten(1, (-1, self.chunk)).unbind(1)
-        with _on(grad_sums), full_float32(grad_sums):
-            for index, part in reversed(list(enumerate(parts))):
-                at, of_memory = first + index * self.chunk, (places[index + 1], places[index], *matrices)
-                count = min(self.chunk, self.steps - at)
-                self._launch_backward(sizes, at, count, inputs[at // self.chunk], part, of_memory, how)
-                places[index].addmm_(part.view(self.batch, -1), fold)
-                if grad_starts is not None:
-                    places[index].add_(grad_starts[:, at // self.chunk])
+    def chunk_backward(
+        self, first: int, grad_u: Tensor, grad_sums: Tensor, after: Tensor, place: Tensor, operators: ChunkOperators
+    ) -> Tensor:
+        of_memory = self.of_memory(operators)
+        if not of_memory:
+            return super().chunk_backward(first, grad_u, grad_sums, after, place, operators)
+        where = {"after": after, "arrived": place, "arrived_row": place.stride(0)}
+        self._backward(first, min(self.chunk, self.steps - first), grad_u, grad_sums, **of_memory, **where)
+        return place
 
     def initial_gradients(self) -> State:
         return (self.carry, self.carried[0])[: len(self.states)]

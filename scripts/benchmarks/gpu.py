@@ -169,8 +169,7 @@ def draw(report: dict, path: Path) -> None:
     figure, panels = pyplot.subplots(rows, columns, figsize=(4 * columns, 3.6 * rows), sharey=True, squeeze=False)
     for panel in panels.flat[len(results) :]:
         panel.remove()
-    for panel, name in zip(panels.flat, results, strict=False):
-        result = results[name]
+    for panel, (name, result) in zip(panels.flat, results.items(), strict=False):
         names = list(result["ms"])
         medians = [statistics.median(result["ms"][one]) for one in names]
         spread = [

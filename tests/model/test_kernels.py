@@ -77,6 +77,7 @@ def run(scan_of, kind, batch, size, dims, chunk, steps):
 FEEDBACK = [
     ("tanh", 3, 5, 1, 1, 4, 8, 27, 2),
     ("tanh", 2, 7, 2, 1, 33, 4, 9, 1),
+    ("tanh", 1, 3, 2, 1, 4, 4, 17, 1),
     ("lstm", 3, 5, 2, 2, 17, 4, 13, 1),
     ("linear", 5, 0, 3, 3, 5, 2, 8, 4),
     ("gru", 2, 3, 1, 1, 300, 4, 7, 2),
