@@ -101,7 +101,7 @@ class _Scratch:
 class _Sizes:
     """How a run is cut up."""
 
-    def __init__(self, batch: int, steps: int, memory: Tensor | None, operators: ChunkOperators):
+    def __init__(self, batch: int, steps: int, memory: Tensor | None, operators: ChunkOperators, *, feedback: bool):
         self.steps = steps
         self.dims = 0 if memory is None else memory.shape[-2]
         self.chunk = 16 if operators.response is None else operators.chunk
@@ -111,6 +111,8 @@ class _Sizes:
         rows, numbers = (_ROWS_CUDA, _NUMBERS_CUDA) if operators.step.is_cuda else (_ROWS, _NUMBERS)
         if not self.dims:
             rows *= 4  # their products are those of a step, thinner than those of a chunk
+        elif feedback and not operators.step.is_cuda:
+            rows, numbers = 4 * rows, 4 * numbers  # the products with the memory are those of a step here too
         fitting = numbers // (batch * self.chunk * width)
         self.segment = max(1, min(-(-rows // batch), fitting)) * self.chunk
 
@@ -137,11 +139,11 @@ class _ChunkedScan(torch.autograd.Function):
         operators, states = ChunkOperators(*tensors[:_OPERATORS]), tensors[_OPERATORS:]
         step, fold = tensors[0], tensors[3]
         batch, width, steps, linear = states[0].shape[0], step.shape[1], settings.steps, settings.cell.linear
-        sizes = _Sizes(batch, steps, memory, operators)
+        feedback = memory is not None and u is None
+        sizes = _Sizes(batch, steps, memory, operators, feedback=feedback)
         dims, total = sizes.dims, sizes.total
         kept = settings.cell.allocate(states, steps)
         starts: Any = None if memory is None else step.new_empty(batch, sizes.chunks, memory[0].numel())
-        feedback = memory is not None and u is None
         if u is None:
             u = step.new_empty(batch, total, dims)
             u[:, steps:] = 0

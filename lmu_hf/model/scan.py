@@ -114,6 +114,9 @@ class NaiveScan(TimeLoop):
         return self.gates.initial_gradients(self.carry)
 
 
+_MANY = 3  # rows, from which on a product with all of them beats one that all threads share
+
+
 class CompiledScan(TimeLoop):
     """:class:`NaiveScan` with its loop in C++."""
 
@@ -122,7 +125,7 @@ class CompiledScan(TimeLoop):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.states = tuple(state.contiguous() for state in self.states)
-        self.advance: tuple[Tensor, ...] = ()  # of this direction
+        self.advance: tuple[Tensor | None, ...] = ()  # of this direction
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -144,6 +147,14 @@ class CompiledScan(TimeLoop):
         encoder, direct, mask, activation, u = self.encoding
         return [panels(encoder.mT), panels(direct.mT), u], mask, activation
 
+    def _folds(self, operators: ChunkOperators, *, transposed: bool = False) -> Tensor | None:
+        """``operators.fold`` by steps, if there are rows for every thread, so that none waits for others in each chunk."""
+        assert operators.fold is not None
+        if len(self.states[0]) < max(torch.get_num_threads(), _MANY):
+            return None
+        by_step = operators.fold.unflatten(1, (self.chunk, -1)).transpose(0, 1)
+        return panels(by_step.mT if transposed else by_step)
+
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
         torch.ops.lmu_hf.scan_forward(
             *self.cell, first, count, self.chunk, known, self.matrix, self.states, self.kept, u, *self.forwards
@@ -154,7 +165,7 @@ class CompiledScan(TimeLoop):
     ) -> Tensor:
         if not self.advance:
             power, response = operators.advance
-            self.advance = panels(power.mT), panels(response)
+            self.advance = self._folds(operators), panels(power.mT), panels(response)
         memory = memory.clone(memory_format=torch.contiguous_format)
         torch.ops.lmu_hf.feedback_forward(
             self.cell.kind,
@@ -189,7 +200,7 @@ class CompiledScan(TimeLoop):
     ) -> None:
         if not self.advance:
             power, response = operators.advance
-            self.advance = panels(power), panels(response.mT)
+            self.advance = self._folds(operators, transposed=True), panels(power), panels(response.mT)
         torch.ops.lmu_hf.feedback_backward(
             self.cell.kind,
             first,

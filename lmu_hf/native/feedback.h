@@ -7,23 +7,16 @@
 
 namespace {
 
-// Stacked matrices in panels (S, panels, inner, PANEL): that of system s.
-template <typename T>
-Panels<T> of_system(const at::Tensor& stack, int64_t s) {
-  TORCH_CHECK(stack.is_contiguous() && stack.size(3) == PANEL, "expected panels");
-  return Panels<T>(stack.data_ptr<T>() + s * stack.stride(0), stack.size(2) * PANEL);
-}
-
 // to (rows * D, width) += from (rows * D, inner) @ the matrix of the system of each memory dimension
 template <typename T>
 void by_system(
     int64_t rows, int64_t dims, int64_t width, int64_t inner, const T* from, int64_t from_stride, const at::Tensor& stack, T* to,
     int64_t to_stride) {
   if (stack.size(0) == 1)
-    return product<T>(rows * dims, width, inner, from, from_stride, of_system<T>(stack, 0), to, to_stride);
+    return product<T>(rows * dims, width, inner, from, from_stride, Panels<T>::of(stack, 0), to, to_stride);
   for (int64_t d = 0; d < dims; ++d)
     product<T>(
-        rows, width, inner, from + d * from_stride, dims * from_stride, of_system<T>(stack, d), to + d * to_stride,
+        rows, width, inner, from + d * from_stride, dims * from_stride, Panels<T>::of(stack, d), to + d * to_stride,
         dims * to_stride);
 }
 
@@ -78,11 +71,21 @@ void add_unfolded(const at::Tensor& sums, int64_t at, int64_t chunk, const at::T
   });
 }
 
+// u (count, D) of some rows -> as `advance` takes it, (rows * D, count).
+template <typename T>
+std::vector<T> by_dimension(const Sequence<T>& u, int64_t begin, int64_t end, int64_t first, int64_t count) {
+  std::vector<T> made((end - begin) * u.features * count);
+  for (int64_t b = begin; b < end; ++b)
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t d = 0; d < u.features; ++d) made[((b - begin) * u.features + d) * count + j] = u.at(b, first + j)[d];
+  return made;
+}
+
 void feedback_forward(
-    const std::string kind, int64_t first, const at::Tensor& known, const at::Tensor& fold, const at::Tensor& power,
-    const at::Tensor& response, const at::Tensor& matrix, at::TensorList states, at::TensorList kept, const at::Tensor& u,
-    const at::Tensor& starts, const at::Tensor& memory, at::TensorList encoding, const std::optional<at::Tensor>& mask,
-    const std::string activation) {
+    const std::string kind, int64_t first, const at::Tensor& known, const at::Tensor& fold,
+    const std::optional<at::Tensor>& folds, const at::Tensor& power, const at::Tensor& response, const at::Tensor& matrix,
+    at::TensorList states, at::TensorList kept, const at::Tensor& u, const at::Tensor& starts, const at::Tensor& memory,
+    at::TensorList encoding, const std::optional<at::Tensor>& mask, const std::string activation) {
   const int64_t chunk = response.size(2), steps = kept[0].size(1), total = u.size(1), batch = u.size(0), dims = u.size(2);
   const int64_t order = memory.size(2), flat = dims * order, grain = std::max<int64_t>(1, 64 / dims);
   TORCH_CHECK(
@@ -93,60 +96,91 @@ void feedback_forward(
     const Sequence<T> sums(known), inputs(u), begun(starts);
     const Panels<T> panels(matrix);
     T* now = memory.data_ptr<T>();
-    for (int64_t at = first; at < first + known.size(1); at += chunk) {
-      for (int64_t b = 0; b < batch; ++b) std::memcpy(begun.at(b, at / chunk), now + b * flat, flat * sizeof(T));
+    const auto keep = [&](int64_t begin, int64_t end, int64_t at) {
+      for (int64_t b = begin; b < end; ++b) std::memcpy(begun.at(b, at / chunk), now + b * flat, flat * sizeof(T));
+    };
+    const auto go_on = [&](int64_t begin, int64_t end, int64_t at) {
+      const std::vector<T> driving = by_dimension(inputs, begin, end, at, chunk);
+      advance<T>(end - begin, dims, order, chunk, driving.data(), power, response, now + begin * flat);
+    };
+    const int64_t last = first + known.size(1);
+    if (folds)  // rows never meet
+      return over_rows(batch, [&](int64_t begin, int64_t end) {
+        const Start<T> start{*folds, now + begin * flat, flat, flat};
+        for (int64_t at = first; at < last; at += chunk) {
+          keep(begin, end, at);
+          loop.forward_rows(
+              begin, end, at, std::min(chunk, steps - at), sums.from(at - first), panels, inputs, &start);
+          if (at + chunk < total) go_on(begin, end, at);
+        }
+      });
+    for (int64_t at = first; at < last; at += chunk) {
+      keep(0, batch, at);
       add_folded<T>(known, at - first, chunk, rows, fold);
       loop.forward(at, std::min(chunk, steps - at), sums.from(at - first), panels, inputs);
-      if (at + chunk >= total) return;
-      at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
-        std::vector<T> driving((end - begin) * dims * chunk);
-        for (int64_t b = begin; b < end; ++b)
-          for (int64_t j = 0; j < chunk; ++j)
-            for (int64_t d = 0; d < dims; ++d) driving[((b - begin) * dims + d) * chunk + j] = inputs.at(b, at + j)[d];
-        advance<T>(end - begin, dims, order, chunk, driving.data(), power, response, now + begin * flat);
-      });
+      if (at + chunk < total)
+        at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) { go_on(begin, end, at); });
     }
   });
 }
 
 void feedback_backward(
-    const std::string kind, int64_t first, const at::Tensor& fold, const at::Tensor& power, const at::Tensor& response,
-    const at::Tensor& to_hidden, const at::Tensor& to_u, at::TensorList states, at::TensorList kept, at::TensorList grads,
-    const at::Tensor& grad_u, const at::Tensor& grad_sums, const at::Tensor& carry, const at::Tensor& carried,
-    const std::optional<at::Tensor>& grad_starts, const at::Tensor& arrived, at::TensorList encoding,
-    const std::optional<at::Tensor>& mask, const std::string activation) {
+    const std::string kind, int64_t first, const at::Tensor& fold, const std::optional<at::Tensor>& folds,
+    const at::Tensor& power, const at::Tensor& response, const at::Tensor& to_hidden, const at::Tensor& to_u,
+    at::TensorList states, at::TensorList kept, at::TensorList grads, const at::Tensor& grad_u, const at::Tensor& grad_sums,
+    const at::Tensor& carry, const at::Tensor& carried, const std::optional<at::Tensor>& grad_starts, const at::Tensor& arrived,
+    at::TensorList encoding, const std::optional<at::Tensor>& mask, const std::string activation) {
   const int64_t chunks = arrived.size(1) - 1, chunk = grad_sums.size(1) / chunks, steps = kept[0].size(1);
   const int64_t batch = grad_u.size(0), dims = grad_u.size(2), order = response.size(2), flat = dims * order;
   TORCH_CHECK(fold.is_contiguous() && grad_sums.stride(1) == grad_sums.size(2), "expected contiguous tensors");
-  const at::Tensor start = at::empty({batch, flat}, fold.options());
   with_loop(kind, 0, chunk, states, kept, encoding, mask, activation, [&](const auto& loop) {
     using T = typename std::decay_t<decltype(loop)>::Type;
     const Adjoint<T> adjoint(to_hidden, to_u, grads, carry, carried);
     const Sequence<T> inputs(grad_u), sums(grad_sums), later(arrived);
     std::optional<Sequence<T>> elsewhere;
     if (grad_starts) elsewhere.emplace(*grad_starts);
+    const at::Tensor start = at::empty({batch, flat}, fold.options());
     T* now = start.data_ptr<T>();
+    // What the memory at the end of the chunk sends back, to the u of the chunk and to the memory at its start.
+    const auto send_back = [&](int64_t begin, int64_t end, int64_t index) {
+      const int64_t at = first + index * chunk, rows = end - begin, stride = padded(chunk);
+      std::vector<T> sent(rows * dims * stride);
+      T* memory = now + begin * flat;
+      for (int64_t r = 0; r < rows; ++r) std::memcpy(memory + r * flat, later.at(begin + r, index + 1), flat * sizeof(T));
+      by_system<T>(rows, dims, chunk, order, memory, order, response, sent.data(), stride);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t j = 0; j < chunk; ++j)
+          for (int64_t d = 0; d < dims; ++d) inputs.at(begin + r, at + j)[d] += sent[(r * dims + d) * stride + j];
+      advance<T>(rows, dims, order, 0, nullptr, power, response, memory);
+    };
+    const auto keep = [&](int64_t begin, int64_t end, int64_t index, const T* from, int64_t stride) {
+      for (int64_t b = begin; b < end; ++b, from += stride) {
+        const T* more = elsewhere ? elsewhere->at(b, first / chunk + index) : nullptr;
+        T* to = later.at(b, index);
+        for (int64_t i = 0; i < flat; ++i) to[i] = from[i] + (more ? more[i] : T(0));
+      }
+    };
+    if (folds)
+      return over_rows(batch, [&](int64_t begin, int64_t end) {
+        const int64_t rows = end - begin, stride = padded(flat);
+        std::vector<T> reached(rows * stride);
+        const Start<T> memory{*folds, reached.data(), flat, stride};
+        for (int64_t index = chunks - 1; index >= 0; --index) {
+          const int64_t at = first + index * chunk;
+          send_back(begin, end, index);
+          for (int64_t r = 0; r < rows; ++r) std::memcpy(&reached[r * stride], now + (begin + r) * flat, flat * sizeof(T));
+          loop.backward_rows(
+              begin, end, at, std::min(chunk, steps - at), adjoint, inputs.from(at), sums.from(at - first), &memory);
+          keep(begin, end, index, reached.data(), stride);
+        }
+      });
     for (int64_t index = chunks - 1; index >= 0; --index) {
       const int64_t at = first + index * chunk;
-      // What the memory at the end of the chunk sends back, to the u of the chunk and to the memory at its start.
-      at::parallel_for(0, batch, std::max<int64_t>(1, 64 / dims), [&](int64_t begin, int64_t end) {
-        const int64_t rows = end - begin, stride = padded(chunk);
-        std::vector<T> sent(rows * dims * stride);
-        T* memory = now + begin * flat;
-        for (int64_t r = 0; r < rows; ++r) std::memcpy(memory + r * flat, later.at(begin + r, index + 1), flat * sizeof(T));
-        by_system<T>(rows, dims, chunk, order, memory, order, response, sent.data(), stride);
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t j = 0; j < chunk; ++j)
-            for (int64_t d = 0; d < dims; ++d) inputs.at(begin + r, at + j)[d] += sent[(r * dims + d) * stride + j];
-        advance<T>(rows, dims, order, 0, nullptr, power, response, memory);
-      });
+      at::parallel_for(
+          0, batch, std::max<int64_t>(1, 64 / dims), [&](int64_t begin, int64_t end) { send_back(begin, end, index); });
       loop.backward(at, std::min(chunk, steps - at), adjoint, inputs.from(at), sums.from(at - first));
       add_unfolded<T>(grad_sums, at - first, chunk, start, fold);
-      for (int64_t b = 0; b < batch; ++b) {
-        const T* more = elsewhere ? elsewhere->at(b, at / chunk) : nullptr;
-        T* to = later.at(b, index);
-        for (int64_t i = 0; i < flat; ++i) to[i] = now[b * flat + i] + (more ? more[i] : T(0));
-      }
+      keep(0, batch, index, now, flat);
     }
   });
 }

@@ -60,6 +60,16 @@ struct Adjoint {
         carried(carried.data_ptr<T>()) {}
 };
 
+// The memory of some rows at the start of a chunk (rows, D * N), of which the steps themselves add what it contributes to their
+// sums: step j by matrix j of the stack (C, D * N, W). Backwards the matrices are transposed, and `memory`, whose rows are padded,
+// takes what the steps send back.
+template <typename T>
+struct Start {
+  const at::Tensor& stack;
+  T* memory;
+  int64_t flat, stride;
+};
+
 // The steps of the chunks of one sequence.
 template <typename T, typename Cell>
 struct Loop {
@@ -72,28 +82,20 @@ struct Loop {
   // Runs `count` steps from step `first` on; `known` begins with it.
   void forward(
       int64_t first, int64_t count, const Sequence<T>& known, const Panels<T>& matrix, const Sequence<T>& u) const {
-    over_rows(batch, [&](int64_t begin, int64_t end) { forward_rows(begin, end, first, count, known, matrix, u); });
+    over_rows(batch, [&](int64_t begin, int64_t end) { forward_rows(begin, end, first, count, known, matrix, u, nullptr); });
   }
 
   // `grad_u` and `grad_sums` begin with step `first`.
   void backward(
       int64_t first, int64_t count, const Adjoint<T>& adjoint, const Sequence<T>& grad_u, const Sequence<T>& grad_sums) const {
-    over_rows(
-        batch, [&](int64_t begin, int64_t end) { backward_rows(begin, end, first, count, adjoint, grad_u, grad_sums); });
-  }
-
- private:
-  // Points `rows` at step t of every kept tensor, or, before the first step, at the initial states; past the `linear` numbers of
-  // memory in front of the first.
-  void rows_at(int64_t b, int64_t t, T* (&rows)[3]) const {
-    for (int i = 0; i < Cell::kept; ++i)
-      rows[i] = t >= 0 ? kept[i].at(b, t) : (i < Cell::states ? const_cast<T*>(initial[i] + b * kept[i].features) : nullptr);
-    rows[0] += linear;
+    over_rows(batch, [&](int64_t begin, int64_t end) {
+      backward_rows(begin, end, first, count, adjoint, grad_u, grad_sums, nullptr);
+    });
   }
 
   void forward_rows(
       int64_t begin, int64_t end, int64_t first, int64_t count, const Sequence<T>& known, const Panels<T>& matrix,
-      const Sequence<T>& u) const {
+      const Sequence<T>& u, const Start<T>* start) const {
     const int64_t dims = u.features, size = kept[0].features, width = known.features;
     const int64_t u_stride = chunk * dims + 1, rows = end - begin;
     const Panels<T> from_hidden = matrix.from_row(dims ? (chunk - 1) * dims : 0);
@@ -102,6 +104,9 @@ struct Loop {
     for (int64_t j = 0; j < count; ++j) {
       const int64_t t = first + j;
       for (int64_t r = 0; r < rows; ++r) std::memcpy(&sums[r * sum_stride], known.at(begin + r, j), width * sizeof(T));
+      if (start)
+        product<T>(
+            rows, width, start->flat, start->memory, start->stride, Panels<T>::of(start->stack, j), sums.data(), sum_stride);
       const T* hidden = t > 0 ? kept[0].at(begin, t - 1) : initial[0] + begin * size;
       product<T>(rows, width, size, hidden, t > 0 ? kept[0].row : size, from_hidden, sums.data(), sum_stride);
       if (dims)
@@ -141,7 +146,7 @@ struct Loop {
 
   void backward_rows(
       int64_t begin, int64_t end, int64_t first, int64_t count, const Adjoint<T>& adjoint, const Sequence<T>& grad_u,
-      const Sequence<T>& grad_sums) const {
+      const Sequence<T>& grad_sums, const Start<T>* start) const {
     const int64_t dims = grad_u.features, size = kept[0].features, width = grad_sums.features;
     const int64_t rows = end - begin, h_stride = padded(size), w_stride = padded(width), u_stride = padded(chunk * dims);
     std::vector<T> grad(rows * h_stride), wide(rows * w_stride), inputs(PANEL + rows * u_stride), rest(rows * h_stride);
@@ -189,6 +194,9 @@ struct Loop {
               grad[r * h_stride + i] += masked[r * h_stride + i] * encoding->mask[(begin + r) * size + i];
       }
       for (int64_t r = 0; r < rows; ++r) std::memcpy(grad_sums.at(begin + r, j), &wide[r * w_stride], width * sizeof(T));
+      if (start)
+        product<T>(
+            rows, start->flat, width, wide.data(), w_stride, Panels<T>::of(start->stack, j), start->memory, start->stride);
       product<T>(rows, size, width, wide.data(), w_stride, adjoint.to_hidden, grad.data(), h_stride);
       // The columns of lags 1 to j, from the start of a panel on. What that adds before the first u falls into the room between
       // rows, what the last vector adds past u j - 1 is spent: neither is ever read.
@@ -199,6 +207,15 @@ struct Loop {
             Panels<T>(adjoint.to_u.column(panel * PANEL), adjoint.to_u.stride), to_inputs - column % PANEL, u_stride);
     }
     for (int64_t r = 0; r < rows; ++r) std::memcpy(adjoint.carry + (begin + r) * size, &grad[r * h_stride], size * sizeof(T));
+  }
+
+ private:
+  // Points `rows` at step t of every kept tensor, or, before the first step, at the initial states; past the `linear` numbers of
+  // memory in front of the first.
+  void rows_at(int64_t b, int64_t t, T* (&rows)[3]) const {
+    for (int i = 0; i < Cell::kept; ++i)
+      rows[i] = t >= 0 ? kept[i].at(b, t) : (i < Cell::states ? const_cast<T*>(initial[i] + b * kept[i].features) : nullptr);
+    rows[0] += linear;
   }
 };
 

@@ -26,16 +26,17 @@ TORCH_LIBRARY(lmu_hf, library) {
       "Tensor[] kept, Tensor[] grads, Tensor grad_u, Tensor(a!) grad_sums, Tensor(b!) carry, Tensor(c!) carried, "
       "Tensor[] encoding, Tensor? mask, str activation) -> ()");
   // The chunks of a segment, L steps from `first` on: fold (D * N, C * W), starts (B, K, D * N), memory (B, D, N), which is
-  // updated, and known (B, L, W); powers, A^C transposed (S, N, N), and responses (S, C, N) in panels.
+  // updated, and known (B, L, W); powers, A^C transposed (S, N, N), and responses (S, C, N) in panels. With `folds`, the fold as
+  // (C, D * N, W) in panels, each thread takes its rows through all chunks; without, the product with it is for all threads.
   library.def(
-      "feedback_forward(str kind, int first, Tensor(d!) known, Tensor fold, Tensor power, Tensor response, Tensor matrix, "
-      "Tensor[] states, Tensor(a!)[] kept, Tensor(b!) u, Tensor(c!) starts, Tensor(e!) memory, Tensor[] encoding, Tensor? mask, "
+      "feedback_forward(str kind, int first, Tensor(d!) known, Tensor fold, Tensor? folds, Tensor power, Tensor response, "
+      "Tensor matrix, Tensor[] states, Tensor(a!)[] kept, Tensor(b!) u, Tensor(c!) starts, Tensor(e!) memory, Tensor[] encoding, Tensor? mask, "
       "str activation) -> ()");
-  // Its adjoint, with power A^C and response (S, N, C) in panels. `arrived` (B, K + 1, D * N) takes the gradients of the memory
+  // Its adjoint, with power A^C and response (S, N, C) in panels, and folds (C, W, D * N). `arrived` (B, K + 1, D * N) takes the gradients of the memory
   // at the start of each of these K chunks; in its last place comes that of the memory after them.
   library.def(
-      "feedback_backward(str kind, int first, Tensor fold, Tensor power, Tensor response, Tensor to_hidden, Tensor to_u, "
-      "Tensor[] states, Tensor[] kept, Tensor[] grads, Tensor(a!) grad_u, Tensor(b!) grad_sums, Tensor(c!) carry, "
+      "feedback_backward(str kind, int first, Tensor fold, Tensor? folds, Tensor power, Tensor response, Tensor to_hidden, "
+      "Tensor to_u, Tensor[] states, Tensor[] kept, Tensor[] grads, Tensor(a!) grad_u, Tensor(b!) grad_sums, Tensor(c!) carry, "
       "Tensor(d!) carried, Tensor? grad_starts, Tensor(e!) arrived, Tensor[] encoding, Tensor? mask, str activation) -> ()");
   // starts (M, D, N), u (M, C, D), A (S, N, N), B (S, N), states (M, C, D, N); N up to 32. `arriving` takes the gradients that
   // reach each state, later ones included.

@@ -300,6 +300,19 @@ def test_few_rows(cell, system, encoder_act, batch, loop, monkeypatch):
     assert_equals_naive(layer, "auto", {2: None, 37: [37, 30][:batch]}, batch=batch)
 
 
+@pytest.mark.parametrize("batch", [5, 130])
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("cell", ["rnn", "lstm"])
+def test_many_rows(cell, system, batch, loop, monkeypatch):
+    """Fewer than threads, which then share the products with the memory; and more than go through the steps together."""
+    take(monkeypatch, 8)
+    if batch == 5:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    layer = build(cell, "all", system)
+    lengths = torch.arange(batch) * 37 // (batch - 1)
+    assert_equals_naive(layer, "auto", {2: None, 37: lengths.tolist()}, batch=batch)
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("folds", [False, True])
 @pytest.mark.parametrize("rows", [12, 1000])
