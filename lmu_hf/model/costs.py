@@ -75,11 +75,13 @@ def memory_costs(rows: int, steps: int, order: int, *, training: bool, compiled:
     own = _CHUNKED[training]
     for size in CHUNKS[2:]:
         chunks, operator = -(-steps // size), size * order * (order + size)
+        inputs = order + size
         if rows < MANY_ROWS:
             read, start = 1, own.start * order * (order + size)
-        else:  # the state passes from chunk to chunk
+        else:  # the state passes from chunk to chunk, but for those that start from the inputs of a memory that began empty
             read, start = chunks, 3 * own.number * rows * order
-        work = numbers * (own.product * (order + size) + own.number) + own.operator * operator * read
+            inputs *= 1 - min(order, steps) / steps / 2
+        work = numbers * (own.product * inputs + own.number) + own.operator * operator * read
         costs["chunked", size] = own.call + chunks * (own.part + start) + work + own.large * max(numbers - _LARGE, 0)
         if size >= steps:
             break

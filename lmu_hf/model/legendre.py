@@ -255,6 +255,14 @@ class DelaySystem:
         """
         return self._cached(("chunk", size), dtype, device, lambda: (self._chunk_operator(size),))[0]
 
+    def window_operator(self, size: int, count: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """What ``count`` chunks of ``size`` steps give to a memory that was empty before them, (S, count * size, size * N).
+
+        The states after each step of the last chunk, step-major, are ``[u_first_chunk, ..., u_last_chunk] @ operator``. Those of
+        fewer chunks need its last rows only.
+        """
+        return self._cached(("window", size, count), dtype, device, lambda: (self._window_operator(size, count),))[0]
+
     def _impulse_response(self, length: int) -> Tensor:
         # Doubling: H[k:2k] = Ad^k H[0:k], log2(length) products instead of length.
         response, power = self.Bd[:, None], self.Ad
@@ -269,11 +277,14 @@ class DelaySystem:
         while powers.shape[1] < size:
             powers = torch.cat([powers, powers[:, -1:] @ powers], dim=1)
         from_state = powers[:, :size].permute(0, 3, 1, 2).flatten(2)
-        impulse = self._impulse_response(size)
-        lag = torch.arange(size, device="cpu")[None, :] - torch.arange(size, device="cpu")[:, None]
+        return torch.cat([from_state, self._window_operator(size, 1)], dim=1)
+
+    def _window_operator(self, size: int, count: int) -> Tensor:
+        impulse = self._impulse_response(count * size)
+        steps = torch.arange(count * size, device="cpu")
+        lag = steps[None, -size:] - steps[:, None]
         causal = (lag >= 0).to(impulse.dtype)[None, :, :, None]
-        from_input = (impulse[:, lag.clamp(min=0)] * causal).flatten(2)
-        return torch.cat([from_state, from_input], dim=1)
+        return (impulse[:, lag.clamp(min=0)] * causal).flatten(2)
 
     def _cached(
         self, key: tuple, dtype: torch.dtype, device: torch.device | str, build: Callable[[], tuple[Tensor, ...]]

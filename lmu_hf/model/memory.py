@@ -166,19 +166,27 @@ def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengt
     if (inputs.shape[1] < MANY_ROWS or starts_at_once(inputs)) and not operator.requires_grad:
         states = _ChunksAtOnce.apply(inputs, memory, operator, size)
     else:
-        states = _Chunks.apply(inputs, memory, operator, size)
+        window, begun = None, min(steps, system.order) // size
+        if memory is None and begun > 1 and not operator.requires_grad:
+            window = system.window_operator(size, begun, u.dtype, u.device)
+        states = _Chunks.apply(inputs, memory, operator, window, size)
     return _finish(unfold_sequence(states, u.shape), initial_state, lengths)
 
 
 class _Chunks(torch.autograd.Function):
-    """inputs (S, R, T), memory before them (S, R, N) or None, the operator of ``size`` steps, ``size`` -> states (S, R, T, N).
+    """inputs (S, R, T), memory before them (S, R, N) or None, the operator of ``size`` steps, the window operator of some chunks
+    or None, ``size`` -> states (S, R, T, N).
 
     Chunk after chunk, [m_start, u_chunk] @ operator, written straight to its place and differentiated by hand: the backward pass
     is the forward pass transposed and needs no states, where autograd would keep, cut and sum up tensors as large as all states.
+    Where the memory began empty, fewer inputs have come at first than it has numbers: as long as ``window`` reaches, these inputs
+    are what a chunk starts from.
     """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, memory: Tensor | None, operator: Tensor, size: int) -> Tensor:
+    def forward(
+        ctx: Any, inputs: Tensor, memory: Tensor | None, operator: Tensor, window: Tensor | None, size: int
+    ) -> Tensor:
         scales, rows, steps = inputs.shape
         order = operator.shape[1] - size
         states = inputs.new_empty(scales, rows, steps * order)
@@ -186,43 +194,65 @@ class _Chunks(torch.autograd.Function):
         if memory is not None:
             row[..., :order] = memory
         for start in range(0, steps, size):
-            count = min(size, steps - start)
-            row[..., order : order + count] = inputs[..., start : start + count]
-            chunk = states[..., start * order : (start + count) * order]
+            stop = min(start + size, steps)
+            count = stop - start
+            chunk = states[..., start * order : stop * order]
+            if (within := _of_window(window, start, stop, size, order)) is not None:
+                given, used = inputs[..., :stop], within
+            else:
+                if start > 0:
+                    row[..., :order] = states[..., (start - 1) * order : start * order]
+                row[..., order : order + count] = inputs[..., start:stop]
+                given, used = row[..., : order + count], operator[:, : order + count, : count * order]
             with full_float32(row):
-                product(row[..., : order + count], operator[:, : order + count, : count * order], out=chunk)
-            row[..., :order] = chunk[..., -order:]
+                product(given, used, out=chunk)
         states = states.unflatten(2, (steps, order))
         # Only the gradient of the operator, which a trained theta asks for, looks at the states again.
-        ctx.save_for_backward(operator, *((inputs, memory, states) if ctx.needs_input_grad[2] else ()))
+        ctx.save_for_backward(operator, window, *((inputs, memory, states) if ctx.needs_input_grad[2] else ()))
         ctx.size, ctx.order = size, order
         return states
 
     @staticmethod
     def backward(ctx: Any, grad_states: Tensor) -> tuple:
-        operator, *saved = ctx.saved_tensors
+        operator, window, *saved = ctx.saved_tensors
         size, order = ctx.size, ctx.order
         steps = grad_states.shape[2]
-        grad_inputs, carry, grad_operator = [], None, None
+        grad_inputs, carry, grad_operator, grad_begun = [], None, None, None
         # Nothing in place: the same lines then serve a second derivative.
         for start in reversed(range(0, steps, size)):
-            count = min(size, steps - start)
-            grad = grad_states[:, :, start : start + count].flatten(2)
-            used = operator[:, : order + count, : count * order]
+            stop = min(start + size, steps)
+            count = stop - start
+            grad = grad_states[:, :, start:stop].flatten(2)
+            within = _of_window(window, start, stop, size, order)
+            used = operator[:, : order + count, : count * order] if within is None else within
             grad_row = exact_matmul(grad, used.mT)
             if carry is not None:
                 grad_row = grad_row + exact_matmul(carry, used[..., -order:].mT)
+            if within is not None:
+                carry = None
+                grad_begun = grad_row if grad_begun is None else grad_begun + F.pad(grad_row, (0, grad_begun.shape[2] - stop))
+                continue
             if saved:
                 inputs, memory, states = saved
                 before = memory if start == 0 else states[:, :, start - 1]
                 before = torch.zeros_like(states[:, :, 0]) if before is None else before
-                row = torch.cat([before, inputs[..., start : start + count]], dim=2)
+                row = torch.cat([before, inputs[..., start:stop]], dim=2)
                 full = grad if carry is None else torch.cat([grad[..., :-order], grad[..., -order:] + carry], dim=2)
                 part = F.pad(row.mT @ full, (0, (size - count) * order, 0, size - count))
                 grad_operator = part if grad_operator is None else grad_operator + part
             carry = grad_row[..., :order]
             grad_inputs.append(grad_row[..., order:])
-        return torch.cat(grad_inputs[::-1], dim=2), (carry if ctx.needs_input_grad[1] else None), grad_operator, None
+        if grad_begun is not None:
+            grad_inputs.append(grad_begun)
+        grad_memory = carry if ctx.needs_input_grad[1] else None
+        return torch.cat(grad_inputs[::-1], dim=2), grad_memory, grad_operator, None, None
+
+
+def _of_window(window: Tensor | None, start: int, stop: int, size: int, order: int) -> Tensor | None:
+    """The part of a window operator that makes the states of steps ``start`` to ``stop``; None where it does not reach."""
+    if window is None or start + size > window.shape[1]:
+        return None
+    return window[:, window.shape[1] - size - start :][:, :stop, : (stop - start) * order]
 
 
 class _ChunksAtOnce(torch.autograd.Function):

@@ -72,6 +72,17 @@ def test_equals_naive_as_on_cuda(shape, size, initial, monkeypatch):
     test_equals_naive("chunked", shape, initial, True, torch.float64)
 
 
+@pytest.mark.parametrize("initial", [False, True], ids=["zero", "state"])
+@pytest.mark.parametrize(("steps", "order"), [(3, 11), (11, 11), (13, 11), (12, 33), (40, 12), (41, 17)])
+@pytest.mark.parametrize("theta", [9.0, (9.0, 14.0)])
+@pytest.mark.parametrize("size", [1, 2, 4, 5])
+def test_a_memory_that_began_empty(size, theta, steps, order, initial, monkeypatch):
+    """Whose first chunks, of many rows, start from the inputs before them."""
+    monkeypatch.setattr("lmu_hf.model.memory.MANY_ROWS", 1)
+    monkeypatch.setattr("lmu_hf.model.memory.memory_chunk", lambda *sizes, **options: size)
+    test_equals_naive("chunked", (3, steps, 2, order, theta), initial, True, torch.float64)
+
+
 @pytest.mark.parametrize("discretizer", ["zoh", "euler"])
 @pytest.mark.parametrize("scales", [1, 2])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -89,21 +100,22 @@ def test_gradcheck_with_theta(algorithm, scales, discretizer):
     assert torch.autograd.gradcheck(call, (u, m0, theta_inv))
 
 
+@pytest.mark.parametrize("initial", [False, True], ids=["zero", "state"])
 @pytest.mark.parametrize("many_rows", [1, MANY_ROWS])
 @pytest.mark.parametrize("at_once", [False, True])
-def test_second_derivative_of_chunks(many_rows, at_once, monkeypatch):
+def test_second_derivative_of_chunks(many_rows, at_once, initial, monkeypatch):
     monkeypatch.setattr("lmu_hf.model.memory.MANY_ROWS", many_rows)
     monkeypatch.setattr("lmu_hf.model.memory.starts_at_once", lambda like: at_once)
     monkeypatch.setattr("lmu_hf.model.memory.memory_chunk", lambda *sizes, **options: 2)
-    system = delay_system(3, (4.0, 9.0))
+    system = delay_system(5, (4.0, 9.0))
     u = torch.randn(2, 7, 2, dtype=torch.float64, requires_grad=True)
-    m0 = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    m0 = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
 
-    def call(u, m0):
+    def call(u, m0=None):
         states, _ = linear_memory(u, system, m0, algorithm="chunked")
         return states.sin()
 
-    assert torch.autograd.gradgradcheck(call, (u, m0))
+    assert torch.autograd.gradgradcheck(call, (u, m0) if initial else (u,))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
