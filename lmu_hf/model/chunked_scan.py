@@ -297,13 +297,15 @@ def _make_scan(ctx: Any, operators: ChunkOperators, u: Tensor, states: State, ke
 
 
 def _arriving(grads: tuple[Tensor | None, ...], sequences: State, linear: int) -> State:
-    """Gradients of the state sequences; of [m, h], with ``linear``, those of h alone where m has none."""
+    """What :meth:`TimeLoop.start_backward` receives: of [m, h], with ``linear``, the gradient of h alone where m has none."""
     alone = grads[len(sequences)] if linear else None
     first = grads[0]
     if alone is not None:
         first = alone if first is None else first + F.pad(alone, (linear, 0))
-    own = zip((first, *grads[1:]), sequences, strict=False)
-    return tuple(torch.zeros_like(state) if grad is None else grad for grad, state in own)
+    if first is None:
+        first = torch.zeros_like(sequences[0])
+    further = zip(grads[1:], sequences[1:], strict=False)
+    return first, *(state[..., :0] if grad is None else grad for grad, state in further)
 
 
 def _known(

@@ -75,7 +75,7 @@ def memory_costs(rows: int, steps: int, order: int, *, training: bool, compiled:
     own = _CHUNKED[training]
     for size in CHUNKS[2:]:
         chunks, operator = -(-steps // size), size * order * (order + size)
-        inputs = order + size
+        inputs: float = order + size
         if rows < MANY_ROWS:
             read, start = 1, own.start * order * (order + size)
         else:  # the state passes from chunk to chunk, but for those that start from the inputs of a memory that began empty

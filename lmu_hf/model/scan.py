@@ -16,14 +16,13 @@ from functools import cache, cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .compiled import available, panels
 from .folding import ChunkOperators
 from .gates import GATES
 from .precision import full_float32
-from .time_loop import State, TimeLoop
+from .time_loop import State, TimeLoop, with_zeros
 
 
 class NaiveScan(TimeLoop):
@@ -62,11 +61,8 @@ class NaiveScan(TimeLoop):
         self.output = output
 
     def start_backward(self, grads: State) -> None:
-        missing = self.output.shape[1] - grads[0].shape[2]
-        if missing:
-            grads = (F.pad(grads[0], (missing, 0)), *grads[1:])
-        self.grads = grads
-        self.gates.load_gradients(grads)
+        self.grads = with_zeros(grads, self.states)
+        self.gates.load_gradients(self.grads)
         self.carry = torch.zeros_like(self.output)
         self.matrices = [matrix.mT for matrix in self.matrices]
 

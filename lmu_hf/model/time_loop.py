@@ -8,6 +8,7 @@ whole segment in one call instead: with few rows the calls that surround the ste
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .by_system import (
@@ -89,7 +90,8 @@ class TimeLoop:
     def start_backward(self, grads: State) -> None:
         """Receives the gradients of the state sequences (B, T, H) each, before the first call of :meth:`backward`.
 
-        Where the first state is [m, h], its gradient may be that of h alone.
+        Where the first state is [m, h], its gradient may be that of h alone; that of a further state may have no features at all,
+        (B, T, 0), where none arrives.
         """
         raise NotImplementedError
 
@@ -226,6 +228,12 @@ class TimeLoop:
             before = unfold_state(product(rows, power), grad_u.shape).flatten(1)
         self.backward(first, min(self.chunk, self.kept[0].shape[1] - first), grad_u, grad_sums)
         return before
+
+
+def with_zeros(grads: State, states: State) -> State:
+    """The gradients of :meth:`TimeLoop.start_backward`, with zeros where features are missing, as many as the states have."""
+    pairs = ((grad, state.shape[1] - grad.shape[2]) for grad, state in zip(grads, states, strict=True))
+    return tuple(F.pad(grad, (missing, 0)) if missing else grad for grad, missing in pairs)
 
 
 def advance(memory: Tensor, u: Tensor, operators: ChunkOperators) -> Tensor:

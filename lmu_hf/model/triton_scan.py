@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .folding import ChunkOperators
-from .time_loop import State, TimeLoop
+from .time_loop import State, TimeLoop, with_zeros
 from .triton_parts import ALIGNED, backward_sizes, block_sizes, memory_sizes, rows_per_program, takes_memory
 from .triton_steps import backward_kernel, forward_kernel
 
@@ -131,7 +131,7 @@ class TritonScan(TimeLoop):
         return _filled_up(of_gates.unflatten(1, (-1, size)) if size else of_gates.unsqueeze(1))
 
     def start_backward(self, grads: State) -> None:
-        self.grads = [grad.contiguous() for grad in grads]
+        self.grads = [grad.contiguous() for grad in with_zeros(grads, self.states)]
         self.sizes = backward_sizes(self.sizes)
         by_lag = self.past.unflatten(0, (-1, self.dims)) if self.dims else self.past.unsqueeze(1)
         self.lags = by_lag.flip(0).transpose(0, 1).contiguous()

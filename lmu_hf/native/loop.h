@@ -33,6 +33,13 @@ struct Encoding {
   }
 };
 
+// Rows lie far apart, too many for the processor to foresee: asks for what the next step needs of one.
+template <typename T>
+inline void fetch(const T* from, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i);
+}
+
 template <typename Function>
 void over_rows(int64_t batch, const Function& function) {
   at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
@@ -134,6 +141,10 @@ struct Loop {
         rows_at(begin + r, t, now);
         rows_at(begin + r, t - 1, before);
         const T* sum = &sums[r * sum_stride];
+        if (j + 1 < count) {
+          fetch(known.at(begin + r, j + 1), width);
+          for (int i = 0; i < Cell::kept; ++i) fetch(kept[i].at(begin + r, t + 1), kept[i].features);
+        }
         if (dims) {
           std::memcpy(&past[r * u_stride + j * dims], sum, dims * sizeof(T));
           std::memcpy(u.at(begin + r, t), sum, dims * sizeof(T));
@@ -163,15 +174,21 @@ struct Loop {
         T *now[3], *before[3];
         rows_at(begin + r, t, now);
         rows_at(begin + r, t - 1, before);
+        if (j > 0) {
+          for (const auto& outer : adjoint.grads) fetch(outer.at(begin + r, t - 1), outer.features);
+          for (int i = 0; i < Cell::kept; ++i)
+            if (t > 1) fetch(kept[i].at(begin + r, t - 2), kept[i].features);
+          fetch(grad_sums.at(begin + r, j - 1), width);
+        }
         T *sum = &grad[r * h_stride], *further = nullptr;
-        // Of [m, h], or of h alone.
+        // Of [m, h], or of h alone; that of a further state may be missing.
         const T* outer = adjoint.grads[0].at(begin + r, t);
         const int64_t given = adjoint.grads[0].features;
         for (int64_t i = 0; i < given; ++i) sum[size - given + i] += outer[i];
         if constexpr (Cell::states > 1) {
           further = adjoint.carried + (begin + r) * (size - linear);
           const T* outer_cell = adjoint.grads[1].at(begin + r, t);
-          for (int64_t i = 0; i < size - linear; ++i) further[i] += outer_cell[i];
+          for (int64_t i = 0; i < adjoint.grads[1].features; ++i) further[i] += outer_cell[i];
         }
         T *gates = &wide[r * w_stride], *direct = &rest[r * h_stride];
         std::memcpy(gates, to_inputs + r * u_stride + j * dims, dims * sizeof(T));

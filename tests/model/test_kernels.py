@@ -393,16 +393,17 @@ def test_a_checkpoint_does_not_ask_for_triton():
         assert "triton" not in get_imports(os.path.join(folder, f"{name}.py"))
 
 
-def test_segments_are_longer_on_cuda():
+@pytest.mark.parametrize(("feedback", "segments"), [(False, 25), (True, 9)])
+def test_segments_are_longer_on_cuda(feedback, segments):
     step = torch.empty(212, 212)
     memory = torch.empty(100, 1, 256)
     operators = ChunkOperators(step, response=torch.empty(1, 16, 256))
-    on_cpu = _Sizes(100, 784, memory, operators)
+    on_cpu = _Sizes(100, 784, memory, operators, feedback=feedback)
 
     class OnCuda(torch.Tensor):
         is_cuda = True
 
-    on_cuda = _Sizes(100, 784, memory, operators._replace(step=step.as_subclass(OnCuda)))
+    on_cuda = _Sizes(100, 784, memory, operators._replace(step=step.as_subclass(OnCuda)), feedback=feedback)
     assert sum(length for _, length in on_cuda.segments()) == sum(length for _, length in on_cpu.segments()) == 784
     assert len(on_cuda.segments()) == 1
-    assert len(on_cpu.segments()) == 25
+    assert len(on_cpu.segments()) == segments
