@@ -229,8 +229,9 @@ class _Chunks(torch.autograd.Function):
             if carry is not None:
                 grad_row = grad_row + exact_matmul(carry, used[..., -order:].mT)
             if within is not None:
-                carry = None
-                grad_begun = grad_row if grad_begun is None else grad_begun + F.pad(grad_row, (0, grad_begun.shape[2] - stop))
+                if grad_begun is not None:
+                    grad_row = grad_begun + F.pad(grad_row, (0, grad_begun.shape[2] - stop))
+                carry, grad_begun = None, grad_row
                 continue
             if saved:
                 inputs, memory, states = saved
