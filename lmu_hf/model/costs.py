@@ -74,14 +74,15 @@ def memory_costs(rows: int, steps: int, order: int, *, training: bool, compiled:
     )
     own = _CHUNKED[training]
     for size in CHUNKS[2:]:
-        chunks, operator = -(-steps // size), size * order * (order + size)
+        chunks = -(-steps // size)
         inputs: float = order + size
         if rows < MANY_ROWS:
             read, start = 1, own.start * order * (order + size)
-        else:  # the state passes from chunk to chunk, but for those that start from the inputs of a memory that began empty
+        else:  # the state passes from chunk to chunk; a memory that began empty has all inputs so far in its place at first
             read, start = chunks, 3 * own.number * rows * order
-            inputs *= 1 - min(order, steps) / steps / 2
-        work = numbers * (own.product * inputs + own.number) + own.operator * operator * read
+            begun = min(order, steps)
+            inputs -= begun / steps * (inputs - (begun + size) / 2)
+        work = numbers * (own.product * inputs + own.number) + own.operator * size * order * inputs * read
         costs["chunked", size] = own.call + chunks * (own.part + start) + work + own.large * max(numbers - _LARGE, 0)
         if size >= steps:
             break
@@ -138,11 +139,12 @@ def lookahead_costs(sizes: Recurrence) -> dict[int, float]:
     rows, width = batch * steps, dims + gates
     costs = {}
     for size in (size for size in CHUNKS[:7] if size <= max(steps, 1)):
-        chunks = -(-steps // size)
         products = rows * ((hidden + size * dims / 2) * width + dims * order * width + dims * order * order / size)
-        numbers = rows * (6.9 * (width + hidden) + 3.9 * dims * size + 18.0 * dims * order / size)
-        building = 17.0 * size * dims * order * width
-        costs[size] = 2.49e6 + 21.8e3 * chunks + 3.2e3 * steps + 0.0177 * products + numbers + building
+        numbers = rows * (7.7 * (width + hidden) + 4.16 * dims * size + 11.3 * dims * order / size)
+        # Each chunk reads what advances the memory.
+        reading = 0.582 * -(-steps // size) * order * order
+        building = 37.4 * size * dims * order * width
+        costs[size] = 3.61e6 + 1.38e3 * steps + 0.0241 * products + numbers + reading + building
     return costs
 
 

@@ -167,8 +167,9 @@ def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengt
         states = _ChunksAtOnce.apply(inputs, memory, operator, size)
     else:
         window, begun = None, min(steps, system.order) // size
-        if memory is None and begun > 1 and not operator.requires_grad:
-            window = system.window_operator(size, begun, u.dtype, u.device)
+        if memory is None and not operator.requires_grad:
+            own = operator[:, system.order :]
+            window = system.window_operator(size, begun, u.dtype, u.device) if begun > 1 else own
         states = _Chunks.apply(inputs, memory, operator, window, size)
     return _finish(unfold_sequence(states, u.shape), initial_state, lengths)
 
