@@ -49,26 +49,28 @@ struct Panels {
   const T* column(int64_t column) const { return data + column / PANEL * stride + column % PANEL; }
 };
 
+constexpr int64_t TERMS = 64;  // of a sum at a time: a long sum in one go would round as often as it has terms
+
 // c (R, V vectors) += a (R, inner) @ b (inner, V vectors)
 template <typename T, int R, int V>
 __attribute__((noinline)) void block(
     int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t panel, T* c, int64_t c_stride) {
   using Vec = typename Vector<T>::type;
   constexpr int64_t lanes = BYTES / sizeof(T);
-  Vec sum[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = *reinterpret_cast<const Vec*>(c + r * c_stride + v * lanes);
-  for (int64_t k = 0; k < inner; ++k) {
-    Vec row[V];
-    for (int v = 0; v < V; ++v)
-      row[v] = *reinterpret_cast<const Vec*>(b + k * PANEL + v * lanes / PANEL * panel + v * lanes % PANEL);
-    for (int r = 0; r < R; ++r) {
-      const T factor = a[r * a_stride + k];
-      for (int v = 0; v < V; ++v) sum[r][v] += factor * row[v];
+  for (int64_t first = 0; first < inner; first += TERMS) {
+    Vec sum[R][V] = {};
+    for (int64_t k = first; k < std::min(first + TERMS, inner); ++k) {
+      Vec row[V];
+      for (int v = 0; v < V; ++v)
+        row[v] = *reinterpret_cast<const Vec*>(b + k * PANEL + v * lanes / PANEL * panel + v * lanes % PANEL);
+      for (int r = 0; r < R; ++r) {
+        const T factor = a[r * a_stride + k];
+        for (int v = 0; v < V; ++v) sum[r][v] += factor * row[v];
+      }
     }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) *reinterpret_cast<Vec*>(c + r * c_stride + v * lanes) += sum[r][v];
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) *reinterpret_cast<Vec*>(c + r * c_stride + v * lanes) = sum[r][v];
 }
 
 // Columns `done` to `width`; `done` is a multiple of V vectors.
