@@ -19,6 +19,15 @@ from lmu_hf.model import compiled
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
+# Whose tests train, or start processes, for up to minutes each.
+LONG = {"test_running", "test_launched", "test_adversarial", "test_finetune", "test_hub", "test_cli", "test_after_conversion"}
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests first: with one of them at the end, all workers but one would be idle."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

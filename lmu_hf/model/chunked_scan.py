@@ -112,7 +112,7 @@ class _Sizes:
         if not self.dims:
             rows *= 4  # their products are those of a step, thinner than those of a chunk
         elif feedback and not operators.step.is_cuda:
-            rows, numbers = 4 * rows, 4 * numbers  # the products with the memory are those of a step here too
+            rows, numbers = 16 * rows, 4 * numbers  # no products of a chunk; what counts are the calls of a segment
         fitting = numbers // (batch * self.chunk * width)
         self.segment = max(1, min(-(-rows // batch), fitting)) * self.chunk
 
@@ -411,10 +411,17 @@ def _rows(starts: Tensor, u: Tensor, power: Tensor) -> Tensor:
 
 def _add_step_gradient(total: Tensor, grad: Tensor, u: Tensor | None, before: Tensor, chunk: int) -> None:
     """Adds a segment's part of the gradient of the step matrix: grad (B * length, W), u (B, length, D), before (B, length, H)."""
-    size = before.shape[2]
-    total[len(total) - size :].addmm_(before.flatten(0, 1).mT, grad)
-    if u is not None and len(total) > size:
-        # The u of each lag, none before the chunk: windows over these few numbers spare a copy of the gradients per lag.
-        by_chunk = F.pad(u.unflatten(1, (-1, chunk)), (0, 0, chunk - 1, 0))
-        lags = by_chunk.unfold(2, chunk - 1, 1)[:, :, :chunk].mT.reshape(len(grad), -1)
-        total[: len(total) - size].addmm_(lags.mT, grad)
+    of_u = len(total) - before.shape[2]
+    total[of_u:].addmm_(before.flatten(0, 1).mT, grad)
+    if u is None or not of_u:
+        return
+    dims = u.shape[2]
+    if dims >= chunk:
+        inputs, by_chunk = u.reshape(-1, chunk * dims), grad.view(-1, chunk, grad.shape[1])
+        for j in range(1, chunk):
+            total[of_u - j * dims : of_u].addmm_(inputs[:, : j * dims].mT, by_chunk[:, j])
+        return
+    # The u of each lag, none before the chunk: windows over these few numbers spare a product for each step of a chunk.
+    by_chunk = F.pad(u.unflatten(1, (-1, chunk)), (0, 0, chunk - 1, 0))
+    lags = by_chunk.unfold(2, chunk - 1, 1)[:, :, :chunk].mT.reshape(len(grad), -1)
+    total[:of_u].addmm_(lags.mT, grad)

@@ -99,8 +99,9 @@ def assert_equals_naive(layer, algorithm, cases, *, of_results=1e-11, batch=4):
 
 @pytest.mark.parametrize("connections", CONNECTIONS)
 @pytest.mark.parametrize("cell", ["rnn", "gru"])
-def test_chunks_of_one_step(cell, connections, loop, monkeypatch):
-    test_equals_naive(cell, connections, "scales", 1, loop, monkeypatch)
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_chunks_no_longer_than_the_memory_has_dimensions(chunk, cell, connections, loop, monkeypatch):
+    test_equals_naive(cell, connections, "scales", chunk, loop, monkeypatch)
 
 
 # One of the lengths below is whole chunks of 4, none of 7.
