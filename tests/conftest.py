@@ -20,7 +20,15 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 # Whose tests train, or start processes, for up to minutes each.
-LONG = {"test_running", "test_launched", "test_adversarial", "test_finetune", "test_hub", "test_cli", "test_after_conversion"}
+LONG = {
+    "test_running",
+    "test_launched",
+    "test_adversarial",
+    "test_finetune",
+    "test_hub",
+    "test_cli",
+    "test_after_conversion",
+}
 
 
 def pytest_collection_modifyitems(items):

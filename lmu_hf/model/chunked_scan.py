@@ -112,7 +112,7 @@ class _Sizes:
         if not self.dims:
             rows *= 4  # their products are those of a step, thinner than those of a chunk
         elif feedback and not operators.step.is_cuda:
-            rows, numbers = 16 * rows, 4 * numbers  # no products of a chunk; what counts are the calls of a segment
+            rows *= 16  # no products of a chunk: what counts is how few calls there are, as far as the cache goes
         fitting = numbers // (batch * self.chunk * width)
         self.segment = max(1, min(-(-rows // batch), fitting)) * self.chunk
 

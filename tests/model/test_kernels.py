@@ -393,7 +393,7 @@ def test_a_checkpoint_does_not_ask_for_triton():
         assert "triton" not in get_imports(os.path.join(folder, f"{name}.py"))
 
 
-@pytest.mark.parametrize(("feedback", "segments"), [(False, 25), (True, 5)])
+@pytest.mark.parametrize(("feedback", "segments"), [(False, 25), (True, 17)])
 def test_segments_are_longer_on_cuda(feedback, segments):
     step = torch.empty(212, 212)
     memory = torch.empty(100, 1, 256)
