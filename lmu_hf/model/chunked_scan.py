@@ -302,10 +302,8 @@ def _arriving(grads: tuple[Tensor | None, ...], sequences: State, linear: int) -
     first = grads[0]
     if alone is not None:
         first = alone if first is None else first + F.pad(alone, (linear, 0))
-    if first is None:
-        first = torch.zeros_like(sequences[0])
-    further = zip(grads[1:], sequences[1:], strict=False)
-    return first, *(state[..., :0] if grad is None else grad for grad, state in further)
+    own = zip((first, *grads[1:]), sequences, strict=False)
+    return tuple(state[..., :0] if grad is None else grad for grad, state in own)
 
 
 def _known(

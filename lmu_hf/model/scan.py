@@ -110,7 +110,7 @@ class NaiveScan(TimeLoop):
         return self.gates.initial_gradients(self.carry)
 
 
-_MANY = 3  # rows, from which on a product with all of them beats one that all threads share
+_MANY = 3  # rows, from which on a product with all of them beats one that all threads share: one more than FEW in feedback.h
 
 
 class CompiledScan(TimeLoop):

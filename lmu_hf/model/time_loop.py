@@ -90,8 +90,8 @@ class TimeLoop:
     def start_backward(self, grads: State) -> None:
         """Receives the gradients of the state sequences (B, T, H) each, before the first call of :meth:`backward`.
 
-        Where the first state is [m, h], its gradient may be that of h alone; that of a further state may have no features at all,
-        (B, T, 0), where none arrives.
+        Their first features may be missing, which says that nothing reaches these: all, or those of m where the first state is
+        [m, h].
         """
         raise NotImplementedError
 
@@ -231,7 +231,7 @@ class TimeLoop:
 
 
 def with_zeros(grads: State, states: State) -> State:
-    """The gradients of :meth:`TimeLoop.start_backward`, with zeros where features are missing, as many as the states have."""
+    """The gradients of :meth:`TimeLoop.start_backward`, with zeros for the features that are missing."""
     pairs = ((grad, state.shape[1] - grad.shape[2]) for grad, state in zip(grads, states, strict=True))
     return tuple(F.pad(grad, (missing, 0)) if missing else grad for grad, missing in pairs)
 

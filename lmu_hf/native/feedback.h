@@ -71,16 +71,6 @@ void add_unfolded(const at::Tensor& sums, int64_t at, int64_t chunk, const at::T
   });
 }
 
-// u (count, D) of some rows -> as `advance` takes it, (rows * D, count).
-template <typename T>
-std::vector<T> by_dimension(const Sequence<T>& u, int64_t begin, int64_t end, int64_t first, int64_t count) {
-  std::vector<T> made((end - begin) * u.features * count);
-  for (int64_t b = begin; b < end; ++b)
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t d = 0; d < u.features; ++d) made[((b - begin) * u.features + d) * count + j] = u.at(b, first + j)[d];
-  return made;
-}
-
 void feedback_forward(
     const std::string kind, int64_t first, const at::Tensor& known, const at::Tensor& fold,
     const std::optional<at::Tensor>& folds, const at::Tensor& power, const at::Tensor& response, const at::Tensor& matrix,
@@ -100,7 +90,10 @@ void feedback_forward(
       for (int64_t b = begin; b < end; ++b) std::memcpy(begun.at(b, at / chunk), now + b * flat, flat * sizeof(T));
     };
     const auto go_on = [&](int64_t begin, int64_t end, int64_t at) {
-      const std::vector<T> driving = by_dimension(inputs, begin, end, at, chunk);
+      std::vector<T> driving((end - begin) * dims * chunk);
+      for (int64_t b = begin; b < end; ++b)
+        for (int64_t j = 0; j < chunk; ++j)
+          for (int64_t d = 0; d < dims; ++d) driving[((b - begin) * dims + d) * chunk + j] = inputs.at(b, at + j)[d];
       advance<T>(end - begin, dims, order, chunk, driving.data(), power, response, now + begin * flat);
     };
     const int64_t last = first + known.size(1);
@@ -139,13 +132,10 @@ void feedback_backward(
     const Sequence<T> inputs(grad_u), sums(grad_sums), later(arrived);
     std::optional<Sequence<T>> elsewhere;
     if (grad_starts) elsewhere.emplace(*grad_starts);
-    const at::Tensor start = at::empty({batch, flat}, fold.options());
-    T* now = start.data_ptr<T>();
-    // What the memory at the end of the chunk sends back, to the u of the chunk and to the memory at its start.
-    const auto send_back = [&](int64_t begin, int64_t end, int64_t index) {
+    // What the memory at the end of the chunk sends back, to the u of the chunk and to the memory at its start (rows, D * N).
+    const auto send_back = [&](int64_t begin, int64_t end, int64_t index, T* memory) {
       const int64_t at = first + index * chunk, rows = end - begin, stride = padded(chunk);
       std::vector<T> sent(rows * dims * stride);
-      T* memory = now + begin * flat;
       for (int64_t r = 0; r < rows; ++r) std::memcpy(memory + r * flat, later.at(begin + r, index + 1), flat * sizeof(T));
       by_system<T>(rows, dims, chunk, order, memory, order, response, sent.data(), stride);
       for (int64_t r = 0; r < rows; ++r)
@@ -163,21 +153,24 @@ void feedback_backward(
     if (folds)
       return over_rows(batch, [&](int64_t begin, int64_t end) {
         const int64_t rows = end - begin, stride = padded(flat);
-        std::vector<T> reached(rows * stride);
+        std::vector<T> now(rows * flat), reached(rows * stride);
         const Start<T> memory{*folds, reached.data(), flat, stride};
         for (int64_t index = chunks - 1; index >= 0; --index) {
           const int64_t at = first + index * chunk;
-          send_back(begin, end, index);
-          for (int64_t r = 0; r < rows; ++r) std::memcpy(&reached[r * stride], now + (begin + r) * flat, flat * sizeof(T));
+          send_back(begin, end, index, now.data());
+          for (int64_t r = 0; r < rows; ++r) std::memcpy(&reached[r * stride], &now[r * flat], flat * sizeof(T));
           loop.backward_rows(
               begin, end, at, std::min(chunk, steps - at), adjoint, inputs.from(at), sums.from(at - first), &memory);
           keep(begin, end, index, reached.data(), stride);
         }
       });
+    const at::Tensor start = at::empty({batch, flat}, fold.options());
+    T* now = start.data_ptr<T>();
     for (int64_t index = chunks - 1; index >= 0; --index) {
       const int64_t at = first + index * chunk;
-      at::parallel_for(
-          0, batch, std::max<int64_t>(1, 64 / dims), [&](int64_t begin, int64_t end) { send_back(begin, end, index); });
+      at::parallel_for(0, batch, std::max<int64_t>(1, 64 / dims), [&](int64_t begin, int64_t end) {
+        send_back(begin, end, index, now + begin * flat);
+      });
       loop.backward(at, std::min(chunk, steps - at), adjoint, inputs.from(at), sums.from(at - first));
       add_unfolded<T>(grad_sums, at - first, chunk, start, fold);
       keep(0, batch, index, now, flat);

@@ -68,8 +68,8 @@ struct Adjoint {
 };
 
 // The memory of some rows at the start of a chunk (rows, D * N), of which the steps themselves add what it contributes to their
-// sums: step j by matrix j of the stack (C, D * N, W). Backwards the matrices are transposed, and `memory`, whose rows are padded,
-// takes what the steps send back.
+// sums: step j by matrix j of the stack (C, D * N, W). Backwards the matrices are transposed, and `memory`, whose rows are
+// padded, takes what the steps send back.
 template <typename T>
 struct Start {
   const at::Tensor& stack;
@@ -181,7 +181,7 @@ struct Loop {
           fetch(grad_sums.at(begin + r, j - 1), width);
         }
         T *sum = &grad[r * h_stride], *further = nullptr;
-        // Of [m, h], or of h alone; that of a further state may be missing.
+        // Their first features may be missing: nothing reaches these.
         const T* outer = adjoint.grads[0].at(begin + r, t);
         const int64_t given = adjoint.grads[0].features;
         for (int64_t i = 0; i < given; ++i) sum[size - given + i] += outer[i];

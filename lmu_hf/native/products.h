@@ -93,31 +93,24 @@ template <typename T>
 void product(
     int64_t rows, int64_t width, int64_t inner, const T* a, int64_t a_stride, const Panels<T>& b, T* c, int64_t c_stride) {
   if (inner == 0 || width == 0) return;
-  constexpr int64_t span = 8 * BYTES / sizeof(T);
-  // All rows with some columns of b before the next ones: what does not fit the nearest cache is then fetched once.
-  for (int64_t first = 0; first < width; first += span) {
-    const int64_t last = std::min(first + span, width);
-    int64_t row = 0;
-    const auto take = [&](auto count) {
-      constexpr int R = decltype(count)::value, most = std::min<int64_t>(BLOCK / R, 8);
-      constexpr int V = most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
-      columns<T, R, V>(first, last, inner, a + row * a_stride, a_stride, b, c + row * c_stride, c_stride);
-      row += R;
-    };
-    while (row < rows) {
-      const int64_t left = rows - row;
-      // As many rows at a time as share each vector of b from registers, and no single row left over where it can be helped.
-      if (left >= 6 && left != 7 && left != 8 && left != 11)
-        take(std::integral_constant<int, 6>());
-      else if (left >= 4 && left != 5)
-        take(std::integral_constant<int, 4>());
-      else if (left >= 3)
-        take(std::integral_constant<int, 3>());
-      else if (left == 2)
-        take(std::integral_constant<int, 2>());
-      else
-        take(std::integral_constant<int, 1>());
-    }
+  const auto take = [&](auto count) {
+    constexpr int R = decltype(count)::value, most = std::min<int64_t>(BLOCK / R, 8);
+    constexpr int V = most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+    columns<T, R, V>(0, width, inner, a, a_stride, b, c, c_stride);
+    a += R * a_stride, c += R * c_stride, rows -= R;
+  };
+  while (rows > 0) {
+    // As many rows at a time as share each vector of b from registers, and no single row left over where it can be helped.
+    if (rows >= 6 && rows != 7 && rows != 8 && rows != 11)
+      take(std::integral_constant<int, 6>());
+    else if (rows >= 4 && rows != 5)
+      take(std::integral_constant<int, 4>());
+    else if (rows >= 3)
+      take(std::integral_constant<int, 3>());
+    else if (rows == 2)
+      take(std::integral_constant<int, 2>());
+    else
+      take(std::integral_constant<int, 1>());
   }
 }
 

@@ -30,10 +30,10 @@ TORCH_LIBRARY(lmu_hf, library) {
   // (C, D * N, W) in panels, each thread takes its rows through all chunks; without, the product with it is for all threads.
   library.def(
       "feedback_forward(str kind, int first, Tensor(d!) known, Tensor fold, Tensor? folds, Tensor power, Tensor response, "
-      "Tensor matrix, Tensor[] states, Tensor(a!)[] kept, Tensor(b!) u, Tensor(c!) starts, Tensor(e!) memory, Tensor[] encoding, Tensor? mask, "
-      "str activation) -> ()");
-  // Its adjoint, with power A^C and response (S, N, C) in panels, and folds (C, W, D * N). `arrived` (B, K + 1, D * N) takes the gradients of the memory
-  // at the start of each of these K chunks; in its last place comes that of the memory after them.
+      "Tensor matrix, Tensor[] states, Tensor(a!)[] kept, Tensor(b!) u, Tensor(c!) starts, Tensor(e!) memory, "
+      "Tensor[] encoding, Tensor? mask, str activation) -> ()");
+  // Its adjoint, with power A^C and response (S, N, C) in panels, and folds (C, W, D * N). `arrived` (B, K + 1, D * N) takes the
+  // gradients of the memory at the start of each of these K chunks; in its last place comes that of the memory after them.
   library.def(
       "feedback_backward(str kind, int first, Tensor fold, Tensor? folds, Tensor power, Tensor response, Tensor to_hidden, "
       "Tensor to_u, Tensor[] states, Tensor[] kept, Tensor[] grads, Tensor(a!) grad_u, Tensor(b!) grad_sums, Tensor(c!) carry, "

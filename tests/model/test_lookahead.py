@@ -289,6 +289,29 @@ def test_uncoupled(cell, system, input_to_hidden, folds, loop, monkeypatch):
     assert_equals_naive(layer, "auto", {2: None, 16: None, 39: [39, 16, 17, 0]})
 
 
+@pytest.mark.parametrize(("connections", "memory"), [("all", "lookahead"), ("all", "merged"), ("none", "folded")])
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_a_gradient_of_one_result_alone(cell, connections, memory, loop, monkeypatch):
+    """Nothing then reaches the sequences of the others."""
+    take(monkeypatch, 4, memory)
+    monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": True})
+    layer, x = build(cell, connections, "scales"), torch.randn(4, 11, 3, dtype=F64)
+    start = tuple(torch.randn_like(part).requires_grad_() for part in layer.cell.initial_state(x).tensors())
+    inputs = [*start, *layer.parameters()]
+
+    def gradients(algorithm):
+        layer.algorithm = algorithm
+        output, state = layer(x, start)
+        for result in (output, *state.tensors()):
+            yield torch.autograd.grad(
+                result.square().sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+
+    for ours, naive in zip(gradients("auto"), gradients("naive"), strict=True):
+        for one, other in zip(ours, naive, strict=True):
+            assert (one - other).abs().max() < 1e-11 * max(1.0, float(other.abs().max()))
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
