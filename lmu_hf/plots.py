@@ -1,4 +1,5 @@
-"""Pictures of a run, made from its record: learning curve, confusion matrix, predicted beside true values. Needs matplotlib.
+"""Pictures of a run, made from its record: learning curve, confusion matrix, predicted beside true values; of several runs,
+learning curves and errors of the delay task side by side. Needs matplotlib.
 
 Colours are those of Okabe and Ito (2008), told apart with any colour vision; lines differ in style too, and the shades of the
 matrix in lightness.
@@ -168,6 +169,39 @@ def delay_errors(curves: dict[str, dict[int, dict[float, float]]], path: str | P
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def learning_curves(curves: dict[str, Sequence[Sequence[float]]], path: str | Path) -> None:
+    """Draws the errors of several experiments on the validation part, epoch by epoch: means of the seeds, and their range.
+
+    Args:
+        curves: experiment -> for each seed the share of errors after each epoch. At most nine experiments.
+        path: file to write; its ending says the format.
+    """
+    figure, (axis,) = _figure(8.5, 4.0)
+    colours = (_BLUE, "#56B4E9", "#009E73", "#000000", _ORANGE, "#E69F00", "#CC79A7", _GREY, "#999999")
+    longest = max(len(seed) for seeds in curves.values() for seed in seeds)
+    for (name, seeds), colour, marker in zip(curves.items(), colours, "osv^DPX<>", strict=False):
+        by_epoch = [[100 * error for error in epoch] for epoch in zip(*seeds, strict=True)]
+        epochs = range(1, len(by_epoch) + 1)
+        means = [sum(errors) / len(errors) for errors in by_epoch]
+        marks = [epoch - 1 for epoch in (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50) if epoch <= len(means)]
+        axis.plot(epochs, means, color=colour, marker=marker, markevery=marks, markersize=4.5, linewidth=1.4, label=name)
+        low, high = [min(errors) for errors in by_epoch], [max(errors) for errors in by_epoch]
+        axis.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xticks([epoch for epoch in (1, 2, 5, 10, 25, 50, 100) if epoch <= longest])
+    axis.set_yticks([1, 2, 5, 10, 20, 50, 100])
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.minorticks_off()
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("errors on the validation part (%)")
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""The tables of results and of speed in README.md, made from the committed records.
+"""The tables of results and of speed in README.md, and the learning curves below them, made from the committed records.
 
 scripts/results_table.py            # writes them
 scripts/results_table.py --check    # fails if they are not what the records say
@@ -57,6 +57,17 @@ def table(records, published):
             f"| {row['task']} | {row['model']} | {parameters} | {label} | {cells} | {summary(values)} | {before} | {run} |"
         )
     return "\n".join(lines)
+
+
+def learning_curves(records, published, prefix):
+    """Errors on the validation part after each epoch, for each seed of those experiments whose name begins so."""
+    return {
+        f"{row['model']} ({found[0]['parameters']['total'] / 1000:.0f}k)": [
+            [1 - epoch["accuracy"] for epoch in record["history"]] for record in found
+        ]
+        for name, row in published.items()
+        if name.startswith(prefix) and (found := [record for record in records.values() if record["name"] == name])
+    }
 
 
 def runs_of(result):
@@ -155,11 +166,14 @@ def main():
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     made = filled(filled(text, "results", table(records, published)), "speed", speed())
-    if made == text:
-        return
     if arguments.check:
-        raise SystemExit("results_table: a table in README.md is not what the records say; run scripts/results_table.py")
+        if made != text:
+            raise SystemExit("results_table: a table in README.md is not what the records say; run scripts/results_table.py")
+        return
     readme.write_text(made, encoding="utf-8")
+    from lmu_hf import plots  # a check needs no matplotlib
+
+    plots.learning_curves(learning_curves(records, published, "psmnist-"), ROOT / "model_cards" / "psmnist" / "errors.png")
 
 
 if __name__ == "__main__":

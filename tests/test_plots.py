@@ -107,6 +107,18 @@ def test_delay_errors(tmp_path, figures):
     assert [text.get_text() for text in each.get_legend().get_texts()] == ["T = 100", "T = 1,000"]
 
 
+def test_learning_curves_of_several_experiments(tmp_path, figures):
+    curves = {"LMU (102k)": [[0.09, 0.05, 0.03], [0.08, 0.06, 0.04]], "LSTM (102k)": [[0.9, 0.5]]}
+    plots.learning_curves(curves, tmp_path / "errors.svg")
+    (axis,) = figures[0].axes
+    first, second = axis.get_lines()
+    assert (first.get_label(), second.get_label()) == ("LMU (102k)", "LSTM (102k)")
+    np.testing.assert_allclose(first.get_ydata(), [8.5, 5.5, 3.5])
+    assert list(second.get_xdata()) == [1, 2]
+    assert axis.get_ylabel() == "errors on the validation part (%)"
+    assert (first.get_color(), first.get_marker()) != (second.get_color(), second.get_marker())
+
+
 def test_only_what_there_are_numbers_for(tmp_path):
     assert plots.draw({}, tmp_path) == []
     assert plots.draw({"history": HISTORY[:1]}, tmp_path) == []
