@@ -188,17 +188,26 @@ def verify_in_fresh_process(model_dir: Path, data: str | None, expected: dict[st
     Raises:
         RuntimeError: it does not.
     """
-    command = [sys.executable, "-m", "lmu_hf.cli", "evaluate", str(model_dir), "--json"]
-    command += [] if data is None else ["--data", data]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, env=lone_environment())
-    if finished.returncode:
-        raise RuntimeError(f"the saved model could not be evaluated in a fresh process:\n{finished.stderr[-2000:]}")
-    found = json.loads(finished.stdout.strip().splitlines()[-1])
+    found = score_in_fresh_process(model_dir, data)
     # The same function on the same machine; threads may add up float32 in another order.
     same = all(abs(found[name] - value) <= _slack(name, value) for name, value in expected.items())
     if not same:
         raise RuntimeError(f"the reloaded model scores differently: expected {expected}, found {found}")
     return {**{name: found[name] for name in expected}, "same": True}
+
+
+def score_in_fresh_process(model_dir: Path, data: str | None) -> dict[str, Any]:
+    """What :func:`evaluate` returns in a new Python process.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    command = [sys.executable, "-m", "lmu_hf.cli", "evaluate", str(model_dir), "--json"]
+    command += [] if data is None else ["--data", data]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, env=lone_environment())
+    if finished.returncode:
+        raise RuntimeError(f"the saved model could not be evaluated in a fresh process:\n{finished.stderr[-2000:]}")
+    return json.loads(finished.stdout.strip().splitlines()[-1])
 
 
 def _slack(metric: str, value: float) -> float:

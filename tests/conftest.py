@@ -14,6 +14,7 @@ from huggingface_hub.utils import _http
 from transformers.utils import logging
 
 import lmu_hf
+from lmu_hf import evaluation
 from lmu_hf.model import compiled
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -40,6 +41,17 @@ def pytest_collection_modifyitems(items):
 def _seed():
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 (libraries use it)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _reloads_here():
+    """Runs within a test reload their model in the same process: a fresh one takes longer than they do. Those that tests start as
+    processes of their own do what the command line does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            evaluation, "score_in_fresh_process", lambda folder, data: evaluation.evaluate(folder, data=data)
+        )
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lmu_hf.cli import app
+from lmu_hf.evaluation import score_in_fresh_process, verify_in_fresh_process
 from lmu_hf.tasks import load_task
 
 QUICK = ["training.num_train_epochs=2", "model.order=8", "model.hidden_size=20"]
@@ -72,6 +73,17 @@ def test_train(trained):
     assert f"{result['scores']['test']['accuracy']:.4f}" in output
     # Files that are published must not tell where they were made.
     assert not any(str(folder.parent) in path.read_text() for path in folder.glob("*.json"))
+
+
+
+def test_what_a_reload_finds(digits_model, tmp_path):
+    scores = json.loads((digits_model / "result.json").read_text())["scores"]["test"]
+    assert verify_in_fresh_process(digits_model, None, scores) == {**scores, "same": True}
+    for metric, value in scores.items():
+        with pytest.raises(RuntimeError, match=f"the reloaded model scores differently: expected .*'{metric}'"):
+            verify_in_fresh_process(digits_model, None, {**scores, metric: value + 0.001})
+    with pytest.raises(RuntimeError, match=r"could not be evaluated in a fresh process:\n.*holds no config\.json"):
+        score_in_fresh_process(tmp_path, None)
 
 
 def test_evaluate(trained):
