@@ -48,9 +48,7 @@ def _reloads_here():
     """Runs within a test reload their model in the same process: a fresh one takes longer than they do. Those that tests start as
     processes of their own do what the command line does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            evaluation, "score_in_fresh_process", lambda folder, data: evaluation.evaluate(folder, data=data)
-        )
+        patch.setattr(evaluation, "score_in_fresh_process", lambda folder, data: evaluation.evaluate(folder, data=data))
         yield
 
 

@@ -75,7 +75,6 @@ def test_train(trained):
     assert not any(str(folder.parent) in path.read_text() for path in folder.glob("*.json"))
 
 
-
 def test_what_a_reload_finds(digits_model, tmp_path):
     scores = json.loads((digits_model / "result.json").read_text())["scores"]["test"]
     assert verify_in_fresh_process(digits_model, None, scores) == {**scores, "same": True}
