@@ -81,6 +81,8 @@ class _Settings(NamedTuple):
 
 
 _OPERATORS = len(ChunkOperators._fields)
+# Whose gradients are added up other than by products.
+_SUMMED = ("bias", "power", "response", "states")
 
 
 class _Scratch:
@@ -203,12 +205,14 @@ class _ChunkedScan(torch.autograd.Function):
         scan.start_backward(_arriving(grad_sequences, kept[: ctx.states], ctx.settings.cell.linear))
         grad_given = torch.empty_like(given) if needed["given"] else None
         weights = {"weight": weight, "bias": bias, **operators._asdict()}
-        # Contiguous, whatever the strides of a weight: those of a view with one row are refused by cuBLAS.
+        # Contiguous, whatever the strides of a weight: those of a view with one row are refused by cuBLAS. Those that products
+        # add to are written by the first: ``beta`` is what there is before, as in addmm.
         grads = {
-            name: torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+            name: (torch.zeros_like if name in _SUMMED else torch.empty_like)(tensor, memory_format=torch.contiguous_format)
             for name, tensor in weights.items()
             if needed[name]
         }
+        beta = 0
         inputs: Any = None  # gradient of u
         if dims:
             inputs = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
@@ -237,10 +241,10 @@ class _ChunkedScan(torch.autograd.Function):
                         with full_float32(step):
                             to_starts, to_u = by_chunk @ fold.mT, by_chunk @ from_u.mT
                         if "from_u" in grads:
-                            grads["from_u"].addmm_(u_of_chunks.mT, by_chunk)
+                            grads["from_u"].addmm_(u_of_chunks.mT, by_chunk, beta=beta)
                     else:
                         to_starts, to_u = _write_back(
-                            grad.view(-1, width), of_chunks, u_of_chunks, operators, grads, scratch
+                            grad.view(-1, width), of_chunks, u_of_chunks, operators, grads, beta, scratch
                         )
                     inputs[:, segment] += to_u.reshape(batch, length, dims)
                     if grad_starts is not None:
@@ -256,20 +260,21 @@ class _ChunkedScan(torch.autograd.Function):
             # The weights, while the gradient of the segment is at hand.
             flat, by_chunk = grad.view(-1, width), grad.view(-1, chunk * width) if dims else grad
             if "fold" in grads:
-                grads["fold"].addmm_(starts[:, chunks].flatten(0, 1).mT, by_chunk)
+                grads["fold"].addmm_(starts[:, chunks].flatten(0, 1).mT, by_chunk, beta=beta)
             if "step" in grads or "encoder" in grads:
                 before = _before(states[0], kept[0], first, length)
                 if "step" in grads:
-                    _add_step_gradient(grads["step"], flat, u[:, segment] if feedback else None, before, chunk)
+                    _add_step_gradient(grads["step"], flat, u[:, segment] if feedback else None, before, chunk, beta)
                 if "encoder" in grads:
                     seen = before if operators.mask is None else before * operators.mask[:, None]
-                    grads["encoder"].addmm_(seen.flatten(0, 1).mT, flat[:, :dims])
+                    grads["encoder"].addmm_(seen.flatten(0, 1).mT, flat[:, :dims], beta=beta)
             if "direct" in grads:
-                grads["direct"].addmm_(u[:, segment].flatten(0, 1).mT, flat[:, dims:])
+                grads["direct"].addmm_(u[:, segment].flatten(0, 1).mT, flat[:, dims:], beta=beta)
             if "bias" in grads:
                 grads["bias"] += flat.sum(0)
             if "weight" in grads:
-                grads["weight"].addmm_(_cut(given, first, length).flatten(0, 1).mT, flat)
+                grads["weight"].addmm_(_cut(given, first, length).flatten(0, 1).mT, flat, beta=beta)
+            beta = 1
             if grad_given is not None:
                 count = min(length, steps - first)
                 grad_given[:, first : first + count] = (grad if weight is None else grad @ weight.mT)[:, :count]
@@ -360,7 +365,13 @@ def _write(starts: Tensor, u: Tensor, operators: ChunkOperators, scratch: _Scrat
 
 
 def _write_back(
-    grad: Tensor, starts: Tensor, u: Tensor, operators: ChunkOperators, grads: dict[str, Tensor], scratch: _Scratch
+    grad: Tensor,
+    starts: Tensor,
+    u: Tensor,
+    operators: ChunkOperators,
+    grads: dict[str, Tensor],
+    beta: int,
+    scratch: _Scratch,
 ) -> tuple[Tensor, Tensor]:
     """The adjoint of :func:`_write` and the product with ``read`` after it: of starts and u, from grad (M * C, W)."""
     states, power, read = operators.states, operators.power, operators.read
@@ -370,7 +381,7 @@ def _write_back(
     scales, order = power.shape[:2]
     chunk = states.shape[1] - order
     if "read" in grads:
-        grads["read"].addmm_(_write(starts, u, operators, scratch).mT, grad)
+        grads["read"].addmm_(_write(starts, u, operators, scratch).mT, grad, beta=beta)
     grad = torch.mm(grad, read.mT, out=scratch.take("back", len(grad), len(read)))
     by_chunk = grad.view(len(starts), chunk, -1, order)  # (M, C, D, N)
     by_row: Any = None  # (S, M * D / S, C * N), where a product takes it
@@ -407,19 +418,22 @@ def _rows(starts: Tensor, u: Tensor, power: Tensor) -> Tensor:
     return rows.flatten(0, 1)[None] if len(power) == 1 else rows.transpose(0, 1)
 
 
-def _add_step_gradient(total: Tensor, grad: Tensor, u: Tensor | None, before: Tensor, chunk: int) -> None:
-    """Adds a segment's part of the gradient of the step matrix: grad (B * length, W), u (B, length, D), before (B, length, H)."""
+def _add_step_gradient(total: Tensor, grad: Tensor, u: Tensor | None, before: Tensor, chunk: int, beta: int) -> None:
+    """Adds a segment's part of the gradient of the step matrix to ``beta`` times what there is: grad (B * length, W), u
+    (B, length, D), before (B, length, H)."""
     of_u = len(total) - before.shape[2]
-    total[of_u:].addmm_(before.flatten(0, 1).mT, grad)
+    total[of_u:].addmm_(before.flatten(0, 1).mT, grad, beta=beta)
     if u is None or not of_u:
         return
     dims = u.shape[2]
     if dims >= chunk:
         inputs, by_chunk = u.reshape(-1, chunk * dims), grad.view(-1, chunk, grad.shape[1])
+        if not beta:
+            total[:of_u] = 0
         for j in range(1, chunk):
             total[of_u - j * dims : of_u].addmm_(inputs[:, : j * dims].mT, by_chunk[:, j])
         return
     # The u of each lag, none before the chunk: windows over these few numbers spare a product for each step of a chunk.
     by_chunk = F.pad(u.unflatten(1, (-1, chunk)), (0, 0, chunk - 1, 0))
     lags = by_chunk.unfold(2, chunk - 1, 1)[:, :, :chunk].mT.reshape(len(grad), -1)
-    total[:of_u].addmm_(lags.mT, grad)
+    total[:of_u].addmm_(lags.mT, grad, beta=beta)

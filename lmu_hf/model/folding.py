@@ -5,7 +5,8 @@ starts at m0 and is driven by u[0..C-1],
 
     m[j] K = m0 A^(j+1) K + sum_{i<=j} u[i] H[j-i] K,     H[lag] = A^lag B
 
-so with A^i K and H[lag] K computed once, all that is needed of the memory is its value at the start of each chunk.
+so with A^i K and H[lag] K computed once, all that is needed of the memory is its value at the start of each chunk. What this
+takes is few products, of matrices that are kept: small layers spend more time here than in their steps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from .precision import exact_matmul
 
 if TYPE_CHECKING:
     from .lmu_cell import LMUCell
+
+
+# Numbers of a stack of powers that is kept: 16 MiB in float32.
+_STACKED = 1 << 22
 
 
 class ChunkOperators(NamedTuple):
@@ -67,72 +72,92 @@ class ChunkOperators(NamedTuple):
         return self.power, self.response
 
 
-def applied_powers(weight: Tensor, system: DelaySystem, memory_d: int, count: int) -> Tensor:
-    """(A^T)^i K for i = 0 .. count, (count + 1, D, N, W), for a weight K (D * N, W). Differentiable in K and theta."""
-    by_dimension = weight.view(memory_d, system.order, -1)
+def applied_powers(weight: Tensor, system: DelaySystem, count: int) -> Tensor:
+    """(A^T)^i K for i = 0 .. count - 1, (D, N, count, W), for a weight K (D, N, W). Differentiable in K and theta."""
+    if _stacked(system, count):
+        powers = system.powers(count, weight.dtype, weight.device)
+        return by_dimension(powers, weight).unflatten(1, (system.order, count))
     # (S, N, i, D / S, W): the dimensions that share a system are columns of one product.
-    applied = by_dimension.transpose(0, 1)[None, :, None] if system.scales == 1 else by_dimension[:, :, None, None]
-    while applied.shape[2] <= count:
+    applied = weight.transpose(0, 1)[None, :, None] if system.scales == 1 else weight[:, :, None, None]
+    while applied.shape[2] < count:
         # Doubling: as many products as count has binary digits.
         held = applied.shape[2]
-        more = applied[:, :, : count + 1 - held]
+        more = applied[:, :, : count - held]
         power = system.power(held, weight.dtype, weight.device).mT
         applied = torch.cat([applied, exact_matmul(power, more.flatten(2)).unflatten(2, more.shape[2:])], dim=2)
-    return applied[0].permute(1, 2, 0, 3) if system.scales == 1 else applied[:, :, :, 0].permute(2, 0, 1, 3)
+    return applied[0].permute(2, 0, 1, 3) if system.scales == 1 else applied[:, :, :, 0]
 
 
-def short_kernel(powers: Tensor, system: DelaySystem) -> Tensor:
-    """B^T (A^T)^i K, what an input i steps back contributes: (count + 1, D, W)."""
-    _, Bd = system.matrices(powers.dtype, powers.device)
-    rows = powers.permute(1, 0, 3, 2).flatten(1, 2)  # (D, i * W, N)
-    kernel = exact_matmul(rows, Bd.expand(len(rows), -1)[..., None])
-    return kernel.view(len(rows), len(powers), -1).transpose(0, 1)
+def _stacked(system: DelaySystem, count: int) -> bool:
+    """Whether so many powers are kept side by side."""
+    return system.shared and system.scales * count * system.order**2 <= _STACKED
+
+
+def by_dimension(stack: Tensor, weight: Tensor) -> Tensor:
+    """stack (S, R, N) @ K of each memory dimension (D, N, W): (D, R, W)."""
+    if len(weight) == 1:  # no stack of products, and no slice, whose gradient would be filled up with zeros
+        return exact_matmul(stack.squeeze(0), weight.squeeze(0)).unsqueeze(0)
+    return exact_matmul(stack, weight)
+
+
+def one_step_on(weight: Tensor, system: DelaySystem) -> tuple[Tensor, Tensor]:
+    """What a weight K (D, N, W) of the memory after a step is for what the step begins with: A^T K (D, N, W), of the memory
+    before it, and B^T K (D, W), of its u."""
+    # [m, u] -> m after the step, (S, N + 1, N).
+    of_step = system.chunk_operator(1, weight.dtype, weight.device)
+    of_memory, of_u = by_dimension(of_step, weight).split([system.order, 1], dim=1)
+    return of_memory, of_u[:, 0]
 
 
 def feedback_operators(
-    cell: LMUCell, input_weight: Tensor, hidden_weight: Tensor | None, system: DelaySystem, chunk: int, *, u_first: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cell: LMUCell,
+    memory_weight: Tensor,
+    encoder: Tensor,
+    hidden_weight: Tensor | None,
+    system: DelaySystem,
+    chunk: int,
+    *,
+    u_first: bool,
+) -> tuple[ChunkOperators, Tensor]:
     """The matrices of a chunk whose u depends on the state, differentiable in the weights. W = D + G.
 
     Args:
         cell: the cell.
-        input_weight: K, [m, x] -> gates, (D * N or more, G).
+        memory_weight: K, m -> gates (D * N, G).
+        encoder: h -> u (H, D); without hidden_to_memory there are no such rows, and no h.
         hidden_weight: h -> gates (H, G), or None.
         system: the delay system.
         chunk: steps per chunk C.
         u_first: the u of a step has to be known before its gates.
 
     Returns:
-        fold (D * N, C * W): the memory at the start of the chunk -> its part of the chunk's u and gates; step
-        ((C - 1) * D + H, W): [u of the chunk so far, h] -> its part of the next u and gates; direct (D, G): u -> the gates of
-        its own step; and encoder (H, D): h -> u. The last two are already contained in the others, unless ``u_first``.
+        The operators, with ``encoder`` if ``u_first``, and what u contributes to the gates of its own step (D, G).
     """
     dims, order = cell.memory_d, cell.order
-    memory_weight = input_weight[: dims * order]
-    recurrent = memory_weight.new_zeros(dims * order, dims)
-    if cell.recurrent_kernel is not None:
-        recurrent = cell.recurrent_kernel.to(memory_weight.dtype)
-    powers = applied_powers(torch.cat([recurrent, memory_weight], dim=1), system, dims, chunk)
-    short = short_kernel(powers, system)
-    direct = short[0, :, dims:]
+    dtype, device = memory_weight.dtype, memory_weight.device
+    given = cell.recurrent_kernel
+    recurrent = memory_weight.new_zeros(dims * order, dims) if given is None else given.to(dtype)
 
-    # u sees the memory before the step, the gates the one after it, to which the u of the step has contributed.
-    to_u, to_gates = powers[:chunk, ..., :dims], powers[1:, ..., dims:]
-    kernel_u, kernel_gates = short[: chunk - 1, :, :dims], short[1:chunk, :, dims:]
-    # Of h; without hidden_to_memory there are no such rows, and no h.
-    encoder = encoder_matrix(cell, memory_weight)[cell.input_size :]
-    hidden_to_u, hidden_to_gates = encoder, hidden_weight
+    # u sees the memory before the step, the gates the one after it, to which the u of the step has contributed. Of the memory
+    # before the step, then, all sums of the step are one product.
+    before, direct = one_step_on(memory_weight.view(dims, order, -1), system)
+    to_gates, hidden_to_u = before.flatten(0, 1), encoder
+    hidden_to_gates = direct.new_zeros(len(encoder), direct.shape[1]) if hidden_weight is None else hidden_weight
     if u_first:
         hidden_to_u = torch.zeros_like(encoder)
     else:
-        to_gates, kernel_gates = to_gates + to_u @ direct, kernel_gates + kernel_u @ direct
-        through_u = encoder @ direct
-        hidden_to_gates = through_u if hidden_weight is None else hidden_weight + through_u
-    if hidden_to_gates is None:
-        hidden_to_gates = direct.new_zeros(len(encoder), direct.shape[1])
-    fold = torch.cat([to_u, to_gates], dim=-1).permute(1, 2, 0, 3).contiguous().view(dims * order, -1)
-    kernel = torch.cat([kernel_u, kernel_gates], dim=-1).flip(0).flatten(0, 1)
-    return fold, torch.cat([kernel, torch.cat([hidden_to_u, hidden_to_gates], dim=1)]), direct, encoder
+        to_gates = torch.addmm(to_gates, recurrent, direct)
+        hidden_to_gates = torch.addmm(hidden_to_gates, encoder, direct)
+    to_sums = torch.cat([recurrent, to_gates], dim=1).view(dims, order, -1)
+    response = system.newest_last(chunk, dtype, device)
+    kernel = by_dimension(response[:, 1:], to_sums).transpose(0, 1).flatten(0, 1)
+    operators = ChunkOperators(
+        step=torch.cat([kernel, torch.cat([hidden_to_u, hidden_to_gates], dim=1)]),
+        power=system.power(chunk, dtype, device),
+        response=response,
+        fold=applied_powers(to_sums, system, chunk).reshape(dims * order, -1),
+    )
+    return (operators._replace(encoder=encoder, direct=direct) if u_first else operators), direct
 
 
 def encoder_matrix(cell: LMUCell, like: Tensor) -> Tensor:
@@ -142,18 +167,16 @@ def encoder_matrix(cell: LMUCell, like: Tensor) -> Tensor:
     return cell.kernel.to(like.dtype)
 
 
-def input_matrices(cell: LMUCell, input_weight: Tensor, encoder: Tensor, *, apart: bool) -> tuple[Tensor, Tensor]:
+def input_matrices(encoder: Tensor, of_input: Tensor, *, apart: bool) -> tuple[Tensor, Tensor]:
     """What comes in -> u, and -> the gates other than through u: (R, D) and (R, G).
 
     Args:
-        cell: the cell.
-        input_weight: [m, x] -> gates (D * N + I, G), or without the rows of x.
         encoder: the first rows that come in -> u.
+        of_input: x -> gates (I, G), or no rows.
         apart: x itself comes in behind them, where it goes to the gates, because they are something else. Otherwise they are x.
     """
-    of_input = input_weight[cell.memory_d * cell.order :]
     if not len(of_input):
-        return encoder, input_weight.new_zeros(len(encoder), input_weight.shape[1])
+        return encoder, of_input.new_zeros(len(encoder), of_input.shape[1])
     if not apart:
         return encoder, of_input
     return F.pad(encoder, (0, 0, 0, len(of_input))), F.pad(of_input, (0, 0, len(encoder), 0))
@@ -166,12 +189,16 @@ def input_operators(memory_weight: Tensor, system: DelaySystem, memory_d: int, c
         fold (D * N, C * G): the memory at the start of the chunk -> its part of the chunk's gates; from_u (C * D, C * G): the u
         of the chunk -> theirs.
     """
-    powers = applied_powers(memory_weight, system, memory_d, chunk)
-    kernel = short_kernel(powers[:chunk], system)
-    lag = torch.arange(chunk, device=kernel.device)[None, :] - torch.arange(chunk, device=kernel.device)[:, None]
-    # (C, D, C, G): input i of the chunk -> step j, zero for j < i.
-    toeplitz = (kernel[lag.clamp(min=0)] * (lag >= 0)[..., None, None]).transpose(1, 2)
-    return powers[1:].permute(1, 2, 0, 3).flatten(0, 1).flatten(1), toeplitz.flatten(0, 1).flatten(1)
+    weight, order = memory_weight.view(memory_d, system.order, -1), system.order
+    if _stacked(system, chunk):
+        # [m, u of the chunk] -> m after each of its steps, (S, (N + C) * C, N).
+        to_memory = system.chunk_operator(chunk, weight.dtype, weight.device).unflatten(2, (chunk, order)).flatten(1, 2)
+        fold, from_u = by_dimension(to_memory, weight).unflatten(1, (-1, chunk)).split([order, chunk], dim=1)
+    else:
+        fold = applied_powers(one_step_on(weight, system)[0], system, chunk)
+        to_memory = system.window_operator(chunk, 1, weight.dtype, weight.device).unflatten(2, (chunk, order)).flatten(1, 2)
+        from_u = by_dimension(to_memory, weight).unflatten(1, (chunk, chunk))
+    return fold.reshape(len(memory_weight), -1), from_u.transpose(0, 1).reshape(chunk * memory_d, -1)
 
 
 def final_memory(u: Tensor, starts: Tensor, system: DelaySystem, steps: int, lengths: Tensor | None) -> Tensor:

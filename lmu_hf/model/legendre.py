@@ -222,6 +222,11 @@ class DelaySystem:
             self.longest = max(key[1]) if isinstance(key[1], tuple) else key[1]
         self._operators: OrderedDict[tuple, tuple[Tensor, ...]] = OrderedDict()
 
+    @property
+    def shared(self) -> bool:
+        """Whether it outlives a forward pass, so that what it keeps is computed once."""
+        return self._key is not None
+
     def __reduce__(self) -> Any:
         # A copy or a pickle of a layer refers to the shared system rather than carrying its operators along.
         if self._key is None:
@@ -239,6 +244,14 @@ class DelaySystem:
         (response,) = self._cached(("impulse", size), dtype, device, lambda: (self._impulse_response(size),))
         return response[:, :length]
 
+    def newest_last(self, length: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """What the inputs of ``length`` steps are in the memory after them: H[length-1], ..., H[0], shape (S, length, N)."""
+
+        def build() -> tuple[Tensor]:
+            return (self._impulse_response(length).flip(1),)
+
+        return self._cached(("newest last", length), dtype, device, build)[0]
+
     def power(self, exponent: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """Ad^exponent, shape (S, N, N)."""
 
@@ -246,6 +259,16 @@ class DelaySystem:
             return (torch.linalg.matrix_power(self.Ad, exponent),)
 
         return self._cached(("power", exponent), dtype, device, build)[0]
+
+    def powers(self, count: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """(Ad^T)^i for i = 0 .. count-1 in one matrix (S, N * count, N), whose row n * count + i is the n-th of (Ad^T)^i."""
+
+        def build() -> tuple[Tensor]:
+            identity = torch.eye(self.order, dtype=self.Ad.dtype, device="cpu").expand_as(self.Ad)[:, None]
+            powers = torch.cat([identity, self._powers(count)], dim=1)[:, :count]
+            return (powers.permute(0, 3, 1, 2).flatten(1, 2),)
+
+        return self._cached(("powers", count), dtype, device, build)[0]
 
     def chunk_operator(self, size: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """The operator that advances the memory by a chunk of ``size`` steps at once, (S, N + size, size * N).
@@ -272,11 +295,15 @@ class DelaySystem:
                 power = power @ power
         return response[:, :length]
 
-    def _chunk_operator(self, size: int) -> Tensor:
+    def _powers(self, count: int) -> Tensor:
+        """Ad^i for i = 1 .. count, (S, count, N, N)."""
         powers = self.Ad[:, None]
-        while powers.shape[1] < size:
+        while powers.shape[1] < count:
             powers = torch.cat([powers, powers[:, -1:] @ powers], dim=1)
-        from_state = powers[:, :size].permute(0, 3, 1, 2).flatten(2)
+        return powers[:, :count]
+
+    def _chunk_operator(self, size: int) -> Tensor:
+        from_state = self._powers(size).permute(0, 3, 1, 2).flatten(2)
         return torch.cat([from_state, self._window_operator(size, 1)], dim=1)
 
     def _window_operator(self, size: int, count: int) -> Tensor:

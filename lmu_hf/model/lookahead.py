@@ -98,7 +98,7 @@ def uncoupled_recurrence(
         assert hidden_weight is not None
         of_memory, of_input = input_weight.tensor_split([dims * cell.order])
         operators = ChunkOperators(
-            hidden_weight, system.power(chunk, dtype, x.device), system.impulse_response(chunk, dtype, x.device).flip(1)
+            hidden_weight, system.power(chunk, dtype, x.device), system.newest_last(chunk, dtype, x.device)
         )
         if folds:
             fold, from_u = input_operators(of_memory, system, dims, chunk)
@@ -160,7 +160,10 @@ def _run(
     steps = x.shape[1]
     kind, input_weight, hidden_weight, bias = weights.to(dtype)
     u_first = encodes_first(cell, dropout)
-    fold, step, direct, encoder = feedback_operators(cell, input_weight, hidden_weight, system, chunk, u_first=u_first)
+    # Both are cut once, so that their gradients are joined once.
+    of_memory, of_input = input_weight.tensor_split([cell.memory_d * cell.order])
+    of_x, of_h = encoder_matrix(cell, input_weight).tensor_split([cell.input_size])
+    operators, direct = feedback_operators(cell, of_memory, of_h, hidden_weight, system, chunk, u_first=u_first)
 
     # What the inputs contribute, in one product: x -> u, and x -> gates, directly and through u.
     x, mask = x.to(dtype), None
@@ -171,20 +174,16 @@ def _run(
         x = torch.cat([dropped, x], dim=2) if apart else dropped
         if cell.hidden_to_memory:
             mask = dropout.encoder[:, cell.input_size :].to(dtype).contiguous()
-    to_u, to_gates = input_matrices(cell, input_weight, encoder_matrix(cell, input_weight)[: cell.input_size], apart=apart)
+    to_u, to_gates = input_matrices(of_x, of_input, apart=apart)
     if not u_first:
-        to_gates = to_gates + to_u @ direct
-    constant = None
-    if cell.bias is not None or bias is not None:
-        of_u = to_u.new_zeros(cell.memory_d) if cell.bias is None else cell.bias.to(dtype)
+        to_gates = torch.addmm(to_gates, to_u, direct)
+    constant = None if bias is None else F.pad(bias, (cell.memory_d, 0))
+    if cell.bias is not None:
+        of_u = cell.bias.to(dtype)
         of_gates = torch.zeros_like(direct[0]) if u_first else of_u @ direct
         constant = torch.cat([of_u, of_gates if bias is None else of_gates + bias])
     weight = torch.cat([to_u, to_gates], dim=1)
-    power = system.power(chunk, dtype, x.device)
-    response = system.impulse_response(chunk, dtype, x.device).flip(1)
-    operators = ChunkOperators(step, power, response, fold)
-    if u_first:
-        operators = operators._replace(encoder=encoder, direct=direct, mask=mask)
+    operators = operators._replace(mask=mask)
     hidden = tuple(part.to(dtype) for part in hidden)
     start = (None, memory.to(dtype), operators, hidden, steps)
     u, starts, sequences = chunked_scan(Pointwise(kind), x, weight, constant, *start, activation=cell.encoder_act)

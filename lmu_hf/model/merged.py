@@ -98,8 +98,9 @@ def merged_operators(
     within = within.flatten(2).flatten(0, 1)
     if cell.recurrent_kernel is not None:
         within = within + to_memory(cell.recurrent_kernel)
+    of_memory, of_input = input_weight.tensor_split([linear])
     of_x, of_h = encoder_matrix(cell, input_weight).tensor_split([cell.input_size])
-    to_u, to_gates = input_matrices(cell, input_weight, identity if known else of_x, apart=known)
+    to_u, to_gates = input_matrices(identity if known else of_x, of_input, apart=known)
     u_bias = None if known else cell.bias
     constant = u_bias is not None or bias is not None
     # Rows [m, h, what comes in, 1]: what they give to m', and to the gates other than through m'.
@@ -110,6 +111,6 @@ def merged_operators(
         memory.append(within.new_zeros(1, linear) if u_bias is None else to_memory(u_bias[None]))
         gates.append(torch.zeros_like(to_gates[:1]) if bias is None else bias[None])
     to_m = torch.cat(memory)
-    joint = torch.cat([to_m, exact_matmul(to_m, input_weight[:linear]) + torch.cat(gates)], dim=1)
+    joint = torch.cat([to_m, exact_matmul(to_m, of_memory) + torch.cat(gates)], dim=1)
     recurrent, incoming = joint.tensor_split([linear + size])
     return (recurrent, incoming[:-1], incoming[-1]) if constant else (recurrent, incoming, None)

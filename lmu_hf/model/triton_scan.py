@@ -34,6 +34,7 @@ except ImportError:
     raise
 
 import contextlib
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +46,9 @@ from .folding import ChunkOperators
 from .time_loop import State, TimeLoop, with_zeros
 from .triton_parts import ALIGNED, backward_sizes, block_sizes, memory_sizes, rows_per_program, takes_memory
 from .triton_steps import backward_kernel, forward_kernel
+
+# What was compiled takes all arguments of its kernel, constants too; older versions want them without.
+_TAKES_ALL = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 # The pointwise steps that the kernels know; keys of GATES.
 KINDS = ("tanh", "sigmoid", "relu", "linear", "lstm", "gru")
@@ -66,7 +70,8 @@ class TritonScan(TimeLoop):
         # An argument that a kind has no use for still has to be some pointer.
         hidden, *further = self.kept
         self.kept = (hidden, further[0] if self.cell.kind == "lstm" else hidden, self.kept[-1])
-        self.grid = (triton.cdiv(self.batch, self.rows),)
+        self.grid = (triton.cdiv(self.batch, self.rows), 1, 1)
+        self.launches: dict[tuple, Any] = {}  # see _launch
         self.memory: dict[str, Any] = {}  # see of_memory
 
     def of_memory(self, operators: ChunkOperators) -> dict[str, Any]:
@@ -83,28 +88,21 @@ class TritonScan(TimeLoop):
         return self.step[:, : self.dims].mT.contiguous(), self._by_gate(self.past), self._by_gate(self.recurrent)
 
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
-        nothing = dict.fromkeys(("memory", "after", "power", "response"), self.states[0])
-        self._forward(first, count, known, u, **nothing, memory_row=0, system=0, further=0)
+        alone = {**dict.fromkeys(("memory", "after", "power", "response"), self.states[0]), "system": 0}
+        self._forward(first, count, {"known": known, "u": u}, alone)
 
-    def _forward(self, first: int, count: int, known: Tensor, u: Tensor, **of_memory: Any) -> None:
-        known = known if known.stride(2) == 1 else known.contiguous()
-        with _on(known):
-            forward_kernel[self.grid](
-                known,
-                *self.forwards,
-                u,
-                *self.kept,
-                self.states[0],
-                self.states[-1],
-                first=first,
-                count=count,
-                batch=self.batch,
-                steps=self.steps,
-                known_row=known.stride(0),
-                known_step=known.stride(1),
-                u_row=u.stride(0),
-                **{**self.sizes, **of_memory},
-            )
+    def _forward(self, first: int, count: int, places: dict[str, Tensor], others: dict[str, Any], further: int = 0) -> None:
+        known = places["known"]
+        if known.stride(2) != 1:
+            known = places["known"] = known.contiguous()
+        distances = {"known_row": known.stride(0), "known_step": known.stride(1), "u_row": places["u"].stride(0)}
+        distances["memory_row"] = places["memory"].stride(0) if "memory" in places else 0
+
+        def constants() -> dict[str, Any]:
+            names = ("to_u", "kernel", "recurrent", "hidden", "cell", "gates", "initial", "initial_cell")
+            return dict(zip(names, (*self.forwards, *self.kept, self.states[0], self.states[-1]), strict=True)) | others
+
+        self._launch(forward_kernel, places, {"first": first, "count": count, "further": further}, distances, constants)
 
     def chunk_forward(
         self,
@@ -120,8 +118,8 @@ class TritonScan(TimeLoop):
         if not of_memory:
             return super().chunk_forward(first, known, u, memory, start, after, operators)
         further, after = int(after is not None), start if after is None else after
-        where = {"memory": start, "after": after, "memory_row": start.stride(0), "further": further}
-        self._forward(first, min(self.chunk, self.steps - first), known, u, **of_memory, **where)
+        places = {"known": known, "u": u, "memory": start, "after": after}
+        self._forward(first, min(self.chunk, self.steps - first), places, of_memory, further)
         return after.view(memory.shape)
 
     def _by_gate(self, matrix: Tensor) -> Tensor:
@@ -140,33 +138,60 @@ class TritonScan(TimeLoop):
         self.carried = self.carry.new_zeros(2, *self.carry.shape)
 
     def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
-        nothing = dict.fromkeys(("after", "arrived", "power", "response"), self.states[0])
-        self._backward(first, count, grad_u, grad_sums, **nothing, arrived_row=0, system=0)
+        alone = {**dict.fromkeys(("after", "arrived", "power", "response"), self.states[0]), "system": 0}
+        self._backward(first, count, {"grad_u": grad_u, "grad_sums": grad_sums}, alone)
 
-    def _backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor, **of_memory: Any) -> None:
+    def _backward(self, first: int, count: int, places: dict[str, Tensor], others: dict[str, Any]) -> None:
+        grad_u, grad_sums = places["grad_u"], places["grad_sums"]
         assert grad_sums.stride(1) == grad_sums.shape[2]
         assert not self.dims or grad_u.stride(1) == self.dims
-        with _on(grad_sums):
-            backward_kernel[self.grid](
-                self.lags,
-                self.transposed,
-                grad_u,
-                grad_sums,
-                self.grads[0],
-                self.grads[-1],
-                *self.kept,
-                self.states[0],
-                self.states[-1],
-                self.carry,
-                self.carried,
-                first=first,
-                count=count,
-                batch=self.batch,
-                steps=self.steps,
-                grad_u_row=grad_u.stride(0),
-                sums_row=grad_sums.stride(0),
-                **{**self.sizes, **of_memory},
-            )
+        distances = {"grad_u_row": grad_u.stride(0), "sums_row": grad_sums.stride(0)}
+        distances["arrived_row"] = places["arrived"].stride(0) if "arrived" in places else 0
+
+        def constants() -> dict[str, Any]:
+            names = ("lags", "transposed", "grads", "grads_cell", "hidden", "cell", "gates", "initial", "initial_cell")
+            values = (self.lags, self.transposed, self.grads[0], self.grads[-1], *self.kept, self.states[0], self.states[-1])
+            return {**dict(zip(names, values, strict=True)), "carry": self.carry, "carried": self.carried, **others}
+
+        self._launch(backward_kernel, places, {"first": first, "count": count}, distances, constants)
+
+    def _launch(
+        self,
+        kernel: Any,
+        places: dict[str, Tensor],
+        numbers: dict[str, int],
+        distances: dict[str, int],
+        constants: Callable[[], dict[str, Any]],
+    ) -> None:
+        """Launches a kernel.
+
+        Triton's own way there goes through all arguments, some 40, to find what it has compiled for such ones. With the rest of
+        a launch that took 90 us beside an H100, on which the steps of a chunk take 110. So what it found is kept: only the
+        first launch of its kind goes that way.
+
+        Args:
+            kernel: one of both.
+            places: tensors by name that change from launch to launch. What is compiled depends on how they are aligned.
+            numbers: what else changes, and does not matter to the compiler.
+            distances: between rows and steps.
+            constants: gives all that is the same for each launch with these ``places``.
+        """
+        key = (kernel, *places, *(place.data_ptr() % 16 for place in places.values()), *distances.values())
+        with _on(self.states[0]):
+            if found := self.launches.get(key):
+                launch, arguments, positions = found
+                arguments = arguments.copy()
+                for position, value in zip(positions, (*places.values(), *numbers.values()), strict=True):
+                    arguments[position] = value
+                launch(*arguments)
+                return
+            size = {"batch": self.batch, "steps": self.steps}
+            named = {**self.sizes, **constants(), **places, **numbers, **distances, **size}
+            compiled = kernel[self.grid](**named)
+            if _TAKES_ALL and compiled is not None:  # there is none under the interpreter
+                arguments = [named[name] for name in kernel.arg_names]
+                positions = [kernel.arg_names.index(name) for name in (*places, *numbers)]
+                self.launches[key] = compiled[self.grid], arguments, positions
 
     def chunk_backward(
         self, first: int, grad_u: Tensor, grad_sums: Tensor, after: Tensor, place: Tensor, operators: ChunkOperators
@@ -174,8 +199,8 @@ class TritonScan(TimeLoop):
         of_memory = self.of_memory(operators)
         if not of_memory:
             return super().chunk_backward(first, grad_u, grad_sums, after, place, operators)
-        where = {"after": after, "arrived": place, "arrived_row": place.stride(0)}
-        self._backward(first, min(self.chunk, self.steps - first), grad_u, grad_sums, **of_memory, **where)
+        places = {"grad_u": grad_u, "grad_sums": grad_sums, "after": after, "arrived": place}
+        self._backward(first, min(self.chunk, self.steps - first), places, of_memory)
         return place
 
     def initial_gradients(self) -> State:
