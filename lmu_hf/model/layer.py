@@ -222,15 +222,22 @@ class LMU(nn.Module):
             lengths = check_lengths(lengths, x.shape[0], x.shape[1], x.device)
             x = blank(x, lengths)
 
-        output, state = self.run(x, initial_state, lengths, return_sequences=self.return_sequences)
+        wanted = {"return_sequences": self.return_sequences, "return_state": self.return_state}
+        output, state = self.run(x, initial_state, lengths, **wanted)
         if self.return_sequences:
             output = output if packing is None else to_place(output, packing)
             output = output.transpose(0, 1) if self.time_major else output
         return (output, state) if self.return_state else output
 
     def run(
-        self, x: Tensor, initial_state: Any = None, lengths: Tensor | None = None, *, return_sequences: bool = True
-    ) -> tuple[Tensor, LMUState | BidirectionalState]:
+        self,
+        x: Tensor,
+        initial_state: Any = None,
+        lengths: Tensor | None = None,
+        *,
+        return_sequences: bool = True,
+        return_state: bool = True,
+    ) -> tuple[Tensor, Any]:
         """The layer without the checks and the reordering of :meth:`forward`, for callers that pack once for many layers.
 
         Args:
@@ -238,15 +245,18 @@ class LMU(nn.Module):
             initial_state: as in :meth:`forward`.
             lengths: number of valid steps per row (batch,), or None for all.
             return_sequences: return the outputs of all steps rather than the last valid one.
+            return_state: the state is wanted.
 
         Returns:
-            The outputs, zero past a row's length, and the state.
+            The outputs, zero past a row's length, and the state, an LMUState or a BidirectionalState. Of no use without
+            ``return_state``.
         """
         if self.backward_cell is not None:
             starts = (None, None) if initial_state is None else initial_state
             backwards = reverse(x, lengths)
-            forward, forward_state = self._run(self.cell, x, starts[0], lengths, return_sequences)
-            backward, backward_state = self._run(self.backward_cell, backwards, starts[1], lengths, return_sequences)
+            wanted = (return_sequences, return_state)
+            forward, forward_state = self._run(self.cell, x, starts[0], lengths, *wanted)
+            backward, backward_state = self._run(self.backward_cell, backwards, starts[1], lengths, *wanted)
             if return_sequences:
                 backward = reverse(backward, lengths)
             return torch.cat([forward, backward], dim=-1), BidirectionalState(forward_state, backward_state)
@@ -258,7 +268,7 @@ class LMU(nn.Module):
                     f"{x.shape[0]}; call reset_state() before a batch of another size"
                 )
         x = reverse(x, lengths) if self.go_backwards else x
-        output, state = self._run(self.cell, x, initial_state, lengths, return_sequences)
+        output, state = self._run(self.cell, x, initial_state, lengths, return_sequences, return_state or self.stateful)
         if self.stateful:
             # Detached: a gradient never runs past the call that it belongs to. Ordinary tensors, since training may follow
             # a call under inference_mode.
@@ -267,15 +277,22 @@ class LMU(nn.Module):
         return output, state
 
     def _run(
-        self, cell: LMUCell, x: Tensor, initial_state: Any, lengths: Tensor | None, return_sequences: bool
-    ) -> tuple[Tensor, LMUState]:
+        self,
+        cell: LMUCell,
+        x: Tensor,
+        initial_state: Any,
+        lengths: Tensor | None,
+        return_sequences: bool,
+        return_state: bool,
+    ) -> tuple[Tensor, Any]:
         """Runs one direction over rows whose valid steps come first."""
         state = cell.check_state(initial_state, x)
         dropout = cell.sample_dropout(x)
         steps = self.checkpoint_steps
         if steps is None or x.shape[1] <= steps or not torch.is_grad_enabled():
-            return self._run_at_once(cell, dropout, return_sequences, x, state, lengths, initial_state is None)
-        run = partial(self._run_at_once, cell, dropout, return_sequences)
+            at_once = partial(self._run_at_once, cell, dropout, return_sequences, return_state)
+            return at_once(x, state, lengths, initial_state is None)
+        run = partial(self._run_at_once, cell, dropout, return_sequences, True)
         return in_segments(run, x, state, lengths, steps, return_sequence=return_sequences)
 
     def _run_at_once(
@@ -283,12 +300,14 @@ class LMU(nn.Module):
         cell: LMUCell,
         dropout: Dropout,
         return_sequences: bool,
+        return_state: bool,
         x: Tensor,
         state: LMUState,
         lengths: Tensor | None,
         at_rest: bool = False,
-    ) -> tuple[Tensor, LMUState]:
-        """Runs one direction, planned as a whole; ``at_rest`` says that the state is known to be zero."""
+    ) -> tuple[Tensor, Any]:
+        """Runs one direction, planned as a whole; ``at_rest`` says that the state is known to be zero. Where the state is not
+        wanted and takes computing, it is None."""
         system = cell.system()
         one_by_one = self.algorithm == "naive" or (self.algorithm == "auto" and x.shape[1] == 1)
         weights = None if one_by_one else gate_weights(cell.hidden_cell)
@@ -311,15 +330,16 @@ class LMU(nn.Module):
             return merged_recurrence(cell, weights, x, state, lengths, system, dropout, **sequence)
         if plan.memory == "lookahead":
             assert weights is not None
-            return lookahead_recurrence(cell, weights, x, state, lengths, system, dropout, plan.chunk, **sequence)
+            wanted = {**sequence, "return_state": return_state}
+            return lookahead_recurrence(cell, weights, x, state, lengths, system, dropout, plan.chunk, **wanted)
         if cell.memory_to_memory:
             u = lookahead_input(cell, x, state.memory, system, dropout)
         else:
             u = cell.encode(x, dropout=dropout)
         if plan.memory in ("folded", "written"):
             assert weights is not None
-            folds = plan.memory == "folded"
-            return uncoupled_recurrence(cell, weights, x, u, state, lengths, system, plan.chunk, folds=folds, **sequence)
+            wanted = {**sequence, "return_state": return_state, "folds": plan.memory == "folded"}
+            return uncoupled_recurrence(cell, weights, x, u, state, lengths, system, plan.chunk, **wanted)
         # None rather than zeros where there is no state: its response need not be computed.
         start = None if at_rest else state.memory
         hidden_cell = cell.hidden_cell

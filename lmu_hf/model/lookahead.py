@@ -51,17 +51,21 @@ def lookahead_recurrence(
     chunk: int,
     *,
     return_sequence: bool,
-) -> tuple[Tensor, LMUState]:
+    return_state: bool = True,
+) -> tuple[Tensor, LMUState | None]:
     """Runs an LMU with ``hidden_to_memory``, ``chunk`` steps at a time. Equals ``naive_recurrence`` to rounding, with the same
-    results and arguments but for ``weights``, the gate form of the hidden cell.
+    results and arguments but for ``weights``, the gate form of the hidden cell, and ``return_state``: without it the state is
+    None, which spares the way to it.
 
     Computes in float32 or better. Its gradient cannot be differentiated again.
     """
     with torch.autocast(x.device.type, enabled=False):
         u, starts, sequences = _run(cell, x, state.memory, state.hidden, weights, system, dropout, chunk)
+        output = _output(sequences, lengths, return_sequence).to(x.dtype)
+        if not return_state:
+            return output, None
         memory = final_memory(u, starts, system, x.shape[1], lengths)
-    output, hidden = _finish(sequences, state.hidden, lengths, return_sequence)
-    return output.to(x.dtype), LMUState.of((memory, *hidden))
+    return output, LMUState(memory, _final(sequences, state.hidden, lengths))
 
 
 def lookahead_input(cell: LMUCell, x: Tensor, memory: Tensor, system: DelaySystem, dropout: Dropout) -> Tensor:
@@ -86,7 +90,8 @@ def uncoupled_recurrence(
     *,
     folds: bool,
     return_sequence: bool,
-) -> tuple[Tensor, LMUState]:
+    return_state: bool = True,
+) -> tuple[Tensor, LMUState | None]:
     """Runs an LMU without feedback into the memory, whose input ``u`` (B, T, D) is known in advance.
 
     ``chunk`` steps at a time the memory is folded into the weights that read it, or else written. Otherwise like
@@ -111,9 +116,11 @@ def uncoupled_recurrence(
         memory = state.memory.to(dtype)
         _, starts, sequences = chunked_scan(Pointwise(kind), *given, bias, u, memory, operators, hidden, steps)
         assert starts is not None
+        output = _output(sequences, lengths, return_sequence).to(x.dtype)
+        if not return_state:
+            return output, None
         memory = final_memory(u, starts, system, steps, lengths)
-    output, hidden = _finish(sequences, state.hidden, lengths, return_sequence)
-    return output.to(x.dtype), LMUState.of((memory, *hidden))
+    return output, LMUState(memory, _final(sequences, state.hidden, lengths))
 
 
 def gated_scan(
@@ -141,8 +148,7 @@ def gated_scan(
         operators = ChunkOperators(hidden_weight)
         inputs = (base.to(dtype), None, None, None, None)
         *_, sequences = chunked_scan(Pointwise(weights.kind), *inputs, operators, hidden, base.shape[1])
-    output, final = _finish(sequences, state, lengths, return_sequence)
-    return output.to(state[0].dtype), final
+    return _output(sequences, lengths, return_sequence).to(state[0].dtype), _final(sequences, state, lengths)
 
 
 def _run(
@@ -198,8 +204,10 @@ def encodes_first(cell: LMUCell, dropout: Dropout) -> bool:
     return cell.coupled and (cell.encoder_act != "linear" or (dropout.encoder is not None and cell.hidden_to_memory))
 
 
-def _finish(sequences: State, before: State, lengths: Tensor | None, return_sequence: bool) -> tuple[Tensor, State]:
-    last = tuple(last_valid(sequence, lengths) for sequence in sequences)
-    output = blank(sequences[0], lengths) if return_sequence else last[0]
-    final = tuple(where_started(new, old, lengths).to(old.dtype) for new, old in zip(last, before, strict=True))
-    return output, final
+def _output(sequences: State, lengths: Tensor | None, return_sequence: bool) -> Tensor:
+    return blank(sequences[0], lengths) if return_sequence else last_valid(sequences[0], lengths)
+
+
+def _final(sequences: State, before: State, lengths: Tensor | None) -> State:
+    last = (last_valid(sequence, lengths) for sequence in sequences)
+    return tuple(where_started(new, old, lengths).to(old.dtype) for new, old in zip(last, before, strict=True))

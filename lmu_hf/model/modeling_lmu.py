@@ -110,10 +110,11 @@ class LMUBlock(GradientCheckpointingLayer):
         # Everything but the LMU works step by step, so the valid steps stay in front until the end.
         start = None if past_key_values is None else past_key_values.states[self.layer_idx]
         inputs = self.mixer_norm(x) if self.residual else x
+        wanted = {"return_sequences": return_sequences, "return_state": past_key_values is not None}
         with weights_at_hand(self.lmu):
-            output, state = self.lmu.run(inputs, start, lengths, return_sequences=return_sequences)
+            output, state = self.lmu.run(inputs, start, lengths, **wanted)
         if past_key_values is not None:
-            past_key_values.states[self.layer_idx] = state  # type: ignore[assignment]  # no state of two directions
+            past_key_values.states[self.layer_idx] = state
         if not return_sequences:
             output = output[:, None]
         elif self.lmu.go_backwards:

@@ -14,11 +14,13 @@ h and u pass from step to step through the tensors that keep them; a barrier of 
 On an H200 a step of 100 rows, H = 212, takes 3.4 us forwards and 4.1 us backwards with one memory dimension of order 256 in
 chunks of 32, the way of the memory from chunk to chunk included, and 2.6 us either way without memory. What did not help there:
 to keep half of R, or a quarter, in registers; R in bfloat16, which is converted for longer than its loads save (4.7 and 4.6 us);
-4 or 16 warps.
+4 or 16 warps, or 2, which need no sum across warps (4.8 us and more); u as a column of the gates' product, and backwards what
+reaches the u before as further columns of that with R^T: one sum across threads fewer, but 0.3 us more a step.
 
 With feedback a chunk takes two launches, the other one for the product with the memory at its start. With few rows it is the
-launches that cost: when there were six, a training step of 100 rows and 784 steps took 18.9 ms and not 11. As a CUDA graph
-(``torch.cuda.make_graphed_callables``) it takes 8.3. Nothing of that kind is done here, since a graph fixes all shapes.
+launches that cost, and the calls around them: a training step of 100 rows and 784 steps took 18.9 ms when there were six, 11.1
+with two, and as a CUDA graph (``torch.cuda.make_graphed_callables``) 8.3. Nothing of that kind is done here, since a graph fixes
+all shapes.
 
 The kernels are compared with :class:`scan.NaiveScan` under Triton's interpreter, compiled for sm_80 and sm_90, and where there is
 a CUDA device, run on it.

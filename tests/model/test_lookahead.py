@@ -289,6 +289,24 @@ def test_uncoupled(cell, system, input_to_hidden, folds, loop, monkeypatch):
     assert_equals_naive(layer, "auto", {2: None, 16: None, 39: [39, 16, 17, 0]})
 
 
+@pytest.mark.parametrize("return_sequences", [False, True])
+@pytest.mark.parametrize(("connections", "memory"), [("all", "lookahead"), ("none", "folded"), ("none", "written")])
+def test_no_state_where_none_is_wanted(connections, memory, return_sequences, monkeypatch):
+    take(monkeypatch, 4, memory)
+    monkeypatch.setitem(CONNECTIONS, "none", {})
+    layer = build("lstm", connections, "one")
+    x, lengths = torch.randn(3, 9, layer.cell.input_size, dtype=torch.float64), torch.tensor([9, 4, 0])
+    results = []
+    for wanted in (True, False):
+        output, state = layer.run(x, None, lengths, return_sequences=return_sequences, return_state=wanted)
+        assert (state is not None) == wanted
+        results.append([output, *torch.autograd.grad(output.square().sum(), list(layer.parameters()))])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    layer.stateful, layer.return_state = True, False
+    layer(x)
+    assert layer._state is not None
+
+
 @pytest.mark.parametrize(("connections", "memory"), [("all", "lookahead"), ("all", "merged"), ("none", "folded")])
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 def test_a_gradient_of_one_result_alone(cell, connections, memory, loop, monkeypatch):
