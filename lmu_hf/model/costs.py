@@ -140,11 +140,11 @@ def lookahead_costs(sizes: Recurrence) -> dict[int, float]:
     costs = {}
     for size in (size for size in CHUNKS[:7] if size <= max(steps, 1)):
         products = rows * ((hidden + size * dims / 2) * width + dims * order * width + dims * order * order / size)
-        numbers = rows * (7.7 * (width + hidden) + 4.16 * dims * size + 11.3 * dims * order / size)
+        numbers = rows * (5.27 * (width + hidden) + 1.9 * dims * size + 3.31 * dims * order / size)
         # Each chunk reads what advances the memory.
-        reading = 0.582 * -(-steps // size) * order * order
-        building = 37.4 * size * dims * order * width
-        costs[size] = 3.61e6 + 1.38e3 * steps + 0.0241 * products + numbers + reading + building
+        reading = 0.299 * -(-steps // size) * order * order
+        building = 7.65 * size * dims * order * width
+        costs[size] = 1.6e6 + 1.67e3 * steps + 0.0278 * products + numbers + reading + building
     return costs
 
 

@@ -31,7 +31,7 @@ DISCRETIZERS = ("zoh", "euler")
 TIME_ORIGIN = {"zoh": 0.5, "euler": 1.0}
 
 # Largest number of derived operators (impulse responses, powers, ...) that one system keeps.
-_MAX_CACHED_OPERATORS = 16
+_MAX_CACHED_OPERATORS = 32
 
 
 def check_order(order: Any) -> int:

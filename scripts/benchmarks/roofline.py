@@ -56,7 +56,9 @@ def lmu_work(case: dict, chunk: int, *, folds: bool = True) -> Work:
         # u of the chunk so far; the gradient of its weights goes over all lags, which are zero where there was none.
         products += [(rows * (chunk - 1) / 2 * dims * width, 1), (rows * (chunk - 1) * dims * width, 0)]
     if coupled or folds:
-        products += [(rows * dims * order * width, 2), (chunk * dims * order * order * width, 1)]
+        # From the memory at the start of a chunk, and the operator of that; uncoupled, in one product with that of its u.
+        rows_of_operator = chunk * dims * (order if coupled else order + chunk)
+        products += [(rows * dims * order * width, 2), (rows_of_operator * order * width, 1)]
     if not coupled:
         products.append(
             (rows * dims * chunk * width, 2) if folds else (rows * dims * order * (order + chunk), 2)
