@@ -190,7 +190,7 @@ class RecurrentModel(_Recurrent):
             x = x.masked_fill(attention_mask[..., None] == 0, 0)
         for module in self.layers:
             layer: Any = module
-            x = layer(x)[0] if isinstance(layer, nn.LSTM | nn.GRU) else layer.run(x, None, lengths)[0]
+            x = layer(x)[0] if isinstance(layer, nn.LSTM | nn.GRU) else layer.run(x, None, lengths, return_state=False)[0]
             x = blank(x, lengths)
         if self.config.pooling == "last":
             pooled = last_valid(x, lengths)
