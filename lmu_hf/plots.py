@@ -62,8 +62,7 @@ def learning_curve(
     for axis in axes:
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
+        _lighten(axis)
         if best_epoch is not None:
             axis.axvline(best_epoch, color=_GREY, linestyle=":", linewidth=1.2, label=f"kept: epoch {best_epoch:g}")
     loss.legend(frameon=False, fontsize=8)
@@ -128,8 +127,7 @@ def predictions(record: dict[str, Any], path: str | Path, unit: str | None = Non
             ends = [min(*true, *found), max(*true, *found)]
             axis.plot(ends, ends, ":", color=_GREY, linewidth=1.2, label="exact")
             axis.plot(true, found, "o", color=_BLUE, markersize=3, alpha=0.6, markeredgewidth=0, label="rows")
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
+        _lighten(axis)
     inside = f" ({unit})" if unit else ""
     figure.supxlabel("step of the first test series" if over_time else f"true value{inside}", fontsize=9)
     figure.supylabel((unit or "value") if over_time else "predicted value", fontsize=9)
@@ -166,8 +164,7 @@ def delay_errors(curves: dict[str, dict[int, dict[float, float]]], path: str | P
     each.set_title(name, fontsize=9)
     for axis in (longest, each):
         axis.set_yscale("log")
-        axis.grid(alpha=0.25, linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
+        _lighten(axis)
         axis.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
@@ -199,8 +196,7 @@ def learning_curves(curves: dict[str, Sequence[Sequence[float]]], path: str | Pa
     axis.minorticks_off()
     axis.set_xlabel("epoch")
     axis.set_ylabel("errors on the validation part (%)")
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
+    _lighten(axis)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 
@@ -237,6 +233,12 @@ def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tup
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, sharex=rows > 1).flatten()
+
+
+def _lighten(axis: Any) -> None:
+    """A pale grid, and no frame above and on the right."""
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: Figure, path: str | Path) -> None:

@@ -206,13 +206,12 @@ class _ChunkedScan(torch.autograd.Function):
         grad_given = torch.empty_like(given) if needed["given"] else None
         weights = {"weight": weight, "bias": bias, **operators._asdict()}
         # Contiguous, whatever the strides of a weight: those of a view with one row are refused by cuBLAS. Those that products
-        # add to are written by the first: ``beta`` is what there is before, as in addmm.
+        # add to are written by the first.
         grads = {
             name: (torch.zeros_like if name in _SUMMED else torch.empty_like)(tensor, memory_format=torch.contiguous_format)
             for name, tensor in weights.items()
             if needed[name]
         }
-        beta = 0
         inputs: Any = None  # gradient of u
         if dims:
             inputs = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
@@ -223,6 +222,7 @@ class _ChunkedScan(torch.autograd.Function):
         for first, length in reversed(sizes.segments()):
             grad = scratch.take("grad", batch, length, width)
             grad[:, max(steps - first, 0) :] = 0
+            beta = int(first + length < sizes.total)  # what the segments after this one have left counts, as in addmm
             segment = slice(first, first + length)
             chunks = sizes.of_chunks(first, length)
             if dims:
@@ -274,7 +274,6 @@ class _ChunkedScan(torch.autograd.Function):
                 grads["bias"] += flat.sum(0)
             if "weight" in grads:
                 grads["weight"].addmm_(_cut(given, first, length).flatten(0, 1).mT, flat, beta=beta)
-            beta = 1
             if grad_given is not None:
                 count = min(length, steps - first)
                 grad_given[:, first : first + count] = (grad if weight is None else grad @ weight.mT)[:, :count]

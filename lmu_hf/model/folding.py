@@ -189,15 +189,14 @@ def input_operators(memory_weight: Tensor, system: DelaySystem, memory_d: int, c
         fold (D * N, C * G): the memory at the start of the chunk -> its part of the chunk's gates; from_u (C * D, C * G): the u
         of the chunk -> theirs.
     """
-    weight, order = memory_weight.view(memory_d, system.order, -1), system.order
-    if _stacked(system, chunk):
-        # [m, u of the chunk] -> m after each of its steps, (S, (N + C) * C, N).
-        to_memory = system.chunk_operator(chunk, weight.dtype, weight.device).unflatten(2, (chunk, order)).flatten(1, 2)
-        fold, from_u = by_dimension(to_memory, weight).unflatten(1, (-1, chunk)).split([order, chunk], dim=1)
-    else:
+    weight = memory_weight.view(memory_d, system.order, -1)
+    dtype, device, stacked = weight.dtype, weight.device, _stacked(system, chunk)
+    # [m, u of the chunk] -> m after each of its steps, one below the other, (S, (N + C) * C, N); or of u alone.
+    operator = system.chunk_operator(chunk, dtype, device) if stacked else system.window_operator(chunk, 1, dtype, device)
+    to_memory = operator.unflatten(2, (chunk, system.order)).flatten(1, 2)
+    fold, from_u = by_dimension(to_memory, weight).unflatten(1, (-1, chunk)).tensor_split([-chunk], dim=1)
+    if not stacked:
         fold = applied_powers(one_step_on(weight, system)[0], system, chunk)
-        to_memory = system.window_operator(chunk, 1, weight.dtype, weight.device).unflatten(2, (chunk, order)).flatten(1, 2)
-        from_u = by_dimension(to_memory, weight).unflatten(1, (chunk, chunk))
     return fold.reshape(len(memory_weight), -1), from_u.transpose(0, 1).reshape(chunk * memory_d, -1)
 
 

@@ -288,11 +288,12 @@ class LMU(nn.Module):
         """Runs one direction over rows whose valid steps come first."""
         state = cell.check_state(initial_state, x)
         dropout = cell.sample_dropout(x)
-        steps = self.checkpoint_steps
-        if steps is None or x.shape[1] <= steps or not torch.is_grad_enabled():
-            at_once = partial(self._run_at_once, cell, dropout, return_sequences, return_state)
-            return at_once(x, state, lengths, initial_state is None)
-        run = partial(self._run_at_once, cell, dropout, return_sequences, True)
+        steps = x.shape[1] if self.checkpoint_steps is None else self.checkpoint_steps
+        whole = x.shape[1] <= steps or not torch.is_grad_enabled()
+        # A segment starts from the state of the one before.
+        run = partial(self._run_at_once, cell, dropout, return_sequences, return_state or not whole)
+        if whole:
+            return run(x, state, lengths, initial_state is None)
         return in_segments(run, x, state, lengths, steps, return_sequence=return_sequences)
 
     def _run_at_once(

@@ -229,7 +229,7 @@ class DelaySystem:
 
     def __reduce__(self) -> Any:
         # A copy or a pickle of a layer refers to the shared system rather than carrying its operators along.
-        if self._key is None:
+        if not self.shared:
             raise TypeError("a delay system with a trained theta belongs to one forward pass and cannot be copied")
         return delay_system, self._key
 
@@ -325,7 +325,7 @@ class DelaySystem:
         def cast() -> tuple[Tensor, ...]:
             return tuple(tensor.to(dtype=dtype, device=device).contiguous() for tensor in build())
 
-        built = cast() if self._key is None else _for_good(cast)()
+        built = _for_good(cast)() if self.shared else cast()
         self._operators[key] = built
         if len(self._operators) > _MAX_CACHED_OPERATORS:
             self._operators.popitem(last=False)

@@ -62,10 +62,7 @@ def lookahead_recurrence(
     with torch.autocast(x.device.type, enabled=False):
         u, starts, sequences = _run(cell, x, state.memory, state.hidden, weights, system, dropout, chunk)
         output = _output(sequences, lengths, return_sequence).to(x.dtype)
-        if not return_state:
-            return output, None
-        memory = final_memory(u, starts, system, x.shape[1], lengths)
-    return output, LMUState(memory, _final(sequences, state.hidden, lengths))
+        return output, _state(u, starts, sequences, state, lengths, system) if return_state else None
 
 
 def lookahead_input(cell: LMUCell, x: Tensor, memory: Tensor, system: DelaySystem, dropout: Dropout) -> Tensor:
@@ -117,10 +114,7 @@ def uncoupled_recurrence(
         _, starts, sequences = chunked_scan(Pointwise(kind), *given, bias, u, memory, operators, hidden, steps)
         assert starts is not None
         output = _output(sequences, lengths, return_sequence).to(x.dtype)
-        if not return_state:
-            return output, None
-        memory = final_memory(u, starts, system, steps, lengths)
-    return output, LMUState(memory, _final(sequences, state.hidden, lengths))
+        return output, _state(u, starts, sequences, state, lengths, system) if return_state else None
 
 
 def gated_scan(
@@ -206,6 +200,13 @@ def encodes_first(cell: LMUCell, dropout: Dropout) -> bool:
 
 def _output(sequences: State, lengths: Tensor | None, return_sequence: bool) -> Tensor:
     return blank(sequences[0], lengths) if return_sequence else last_valid(sequences[0], lengths)
+
+
+def _state(
+    u: Tensor, starts: Tensor, sequences: State, before: LMUState, lengths: Tensor | None, system: DelaySystem
+) -> LMUState:
+    memory = final_memory(u, starts, system, sequences[0].shape[1], lengths)
+    return LMUState(memory, _final(sequences, before.hidden, lengths))
 
 
 def _final(sequences: State, before: State, lengths: Tensor | None) -> State:

@@ -42,6 +42,7 @@ def test_powers_and_inputs(powers, dims, theta, count):
         (from_u.view(to_steps.shape), to_steps),
     ]
     for ours, theirs in pairs:
+        # Float64, in which sums through eight powers in another order stayed below 2e-14.
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
         factors = torch.randn_like(theirs)
         gradients = [torch.autograd.grad((part * factors).sum(), weight, retain_graph=True)[0] for part in (ours, theirs)]
