@@ -113,7 +113,7 @@ class _Sizes:
         rows, numbers = (_ROWS_CUDA, _NUMBERS_CUDA) if operators.step.is_cuda else (_ROWS, _NUMBERS)
         if not self.dims:
             rows *= 4  # their products are those of a step, thinner than those of a chunk
-        elif feedback and not operators.step.is_cuda:
+        elif not operators.step.is_cuda and (feedback or (operators.from_u is not None and available(operators.step))):
             rows *= 16  # no products of a chunk: what counts is how few calls there are, as far as the cache goes
         fitting = numbers // (batch * self.chunk * width)
         self.segment = max(1, min(-(-rows // batch), fitting)) * self.chunk
@@ -139,7 +139,7 @@ class _ChunkedScan(torch.autograd.Function):
         *tensors: Any,
     ) -> tuple[Tensor | None, ...]:
         operators, states = ChunkOperators(*tensors[:_OPERATORS]), tensors[_OPERATORS:]
-        step, fold = tensors[0], tensors[3]
+        step = operators.step
         batch, width, steps, linear = states[0].shape[0], step.shape[1], settings.steps, settings.cell.linear
         feedback = memory is not None and u is None
         sizes = _Sizes(batch, steps, memory, operators, feedback=feedback)
@@ -164,14 +164,15 @@ class _ChunkedScan(torch.autograd.Function):
                 chunks = sizes.of_chunks(first, length)
                 further = first + length < total
                 memory = start_all(memory, u[:, first : first + length], starts[:, chunks], operators, further=further)
-                of_chunks = starts[:, chunks].flatten(0, 1)
-                u_of_chunks = u[:, first : first + length].reshape(len(of_chunks), -1)
-                if operators.read is None:
+                begun = starts[:, chunks]
+                u_of_chunks = u[:, first : first + length].reshape(begun.shape[:2].numel(), -1)
+                if operators.from_u is not None:
                     with full_float32(step):
-                        known.view(len(of_chunks), -1).addmm_(of_chunks, fold).addmm_(u_of_chunks, tensors[4])
-                else:
-                    memories = _write(of_chunks, u_of_chunks, operators, scratch)
-                    known.view(-1, width).addmm_(memories, operators.read)
+                        known.view(len(u_of_chunks), -1).addmm_(u_of_chunks, operators.from_u)
+                    scan.folded_forward(first, min(length, steps - first), known, begun, operators)
+                    continue
+                memories = _write(begun.flatten(0, 1), u_of_chunks, operators, scratch)
+                known.view(-1, width).addmm_(memories, operators.read)
             scan.forward(first, min(length, steps - first), known, nothing)
         saved = (given, weight, bias, u, starts, *operators, *states, *kept)
         ctx.save_for_backward(*saved)
@@ -195,7 +196,7 @@ class _ChunkedScan(torch.autograd.Function):
         states, kept = tuple(rest[: ctx.states]), tuple(rest[ctx.states :])
         sizes, feedback = ctx.sizes, ctx.feedback
         dims, chunk, steps = sizes.dims, sizes.chunk, sizes.steps
-        step, power, _, fold, from_u, _, read, *_ = tensors
+        step, power, _, _, from_u, *_ = tensors
         needed = dict(
             zip(("given", "weight", "bias", "u", "memory", *operators._fields), ctx.needs_input_grad[1:], strict=False)
         )
@@ -217,7 +218,8 @@ class _ChunkedScan(torch.autograd.Function):
             inputs = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
         grad_memory: Tensor | None = None  # of the memory at the end of a segment
         nothing = step.new_empty(batch, steps, 0)
-        to_starts: Any
+        to_starts: Any = None
+        to_u: Any = None
         scratch = _Scratch(step)
         for first, length in reversed(sizes.segments()):
             grad = scratch.take("grad", batch, length, width)
@@ -231,25 +233,26 @@ class _ChunkedScan(torch.autograd.Function):
                 arrived[:, -1] = 0 if grad_memory is None else grad_memory
             if feedback:
                 scan.feedback_backward(first, inputs, grad, grad_starts, arrived, operators)
+            elif from_u is not None:
+                to_starts = scratch.take("to_starts", *starts[:, chunks].shape)
+                scan.folded_backward(first, min(length, steps - first), grad, to_starts, operators)
+                by_chunk = grad.view(to_starts.shape[:2].numel(), -1)
+                with full_float32(step):
+                    to_u = by_chunk @ from_u.mT
+                if "from_u" in grads:
+                    grads["from_u"].addmm_(u[:, segment].reshape(len(by_chunk), -1).mT, by_chunk, beta=beta)
             else:
                 scan.backward(first, min(length, steps - first), nothing, grad)
                 if dims:
                     of_chunks = starts[:, chunks].flatten(0, 1)
                     u_of_chunks = u[:, segment].reshape(len(of_chunks), -1)
-                    by_chunk = grad.view(len(of_chunks), -1)
-                    if read is None:
-                        with full_float32(step):
-                            to_starts, to_u = by_chunk @ fold.mT, by_chunk @ from_u.mT
-                        if "from_u" in grads:
-                            grads["from_u"].addmm_(u_of_chunks.mT, by_chunk, beta=beta)
-                    else:
-                        to_starts, to_u = _write_back(
-                            grad.view(-1, width), of_chunks, u_of_chunks, operators, grads, beta, scratch
-                        )
-                    inputs[:, segment] += to_u.reshape(batch, length, dims)
-                    if grad_starts is not None:
-                        to_starts = to_starts.reshape(batch, -1, starts.shape[2]) + grad_starts[:, chunks]
-                    send_back(inputs[:, segment], to_starts, arrived, operators)
+                    flat = grad.view(-1, width)
+                    to_starts, to_u = _write_back(flat, of_chunks, u_of_chunks, operators, grads, beta, scratch)
+            if dims and not feedback:
+                inputs[:, segment] += to_u.reshape(batch, length, dims)
+                if grad_starts is not None:
+                    to_starts = to_starts.reshape(batch, -1, starts.shape[2]) + grad_starts[:, chunks]
+                send_back(inputs[:, segment], to_starts, arrived, operators)
             if dims:
                 if "power" in grads:
                     ends = fold_state(arrived[:, 1:].reshape(-1, dims, starts.shape[2] // dims), len(power))

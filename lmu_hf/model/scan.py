@@ -156,6 +156,15 @@ class CompiledScan(TimeLoop):
             *self.cell, first, count, self.chunk, known, self.matrix, self.states, self.kept, u, *self.forwards
         )
 
+    def folded_forward(self, first: int, count: int, known: Tensor, starts: Tensor, operators: ChunkOperators) -> None:
+        if not self.advance:
+            self.advance = (self._folds(operators),)
+        if self.advance[0] is None:
+            return super().folded_forward(first, count, known, starts, operators)
+        torch.ops.lmu_hf.folded_forward(
+            self.cell.kind, first, count, self.chunk, known, *self.advance, starts, self.matrix, self.states, self.kept
+        )
+
     def feedback_forward(
         self, first: int, known: Tensor, u: Tensor, starts: Tensor, memory: Tensor, operators: ChunkOperators
     ) -> Tensor:
@@ -184,6 +193,29 @@ class CompiledScan(TimeLoop):
         of_u, of_hidden = self.step.tensor_split([len(self.step) - self.states[0].shape[1]])
         self.transposed = (panels(of_hidden.mT), panels(of_u.mT))
         self.carries = [torch.zeros_like(state) for state in self.states]
+
+    def folded_backward(
+        self, first: int, count: int, grad_sums: Tensor, to_starts: Tensor, operators: ChunkOperators
+    ) -> None:
+        if not self.advance:
+            self.advance = (self._folds(operators, transposed=True),)
+        if self.advance[0] is None:
+            return super().folded_backward(first, count, grad_sums, to_starts, operators)
+        torch.ops.lmu_hf.folded_backward(
+            self.cell.kind,
+            first,
+            count,
+            self.chunk,
+            *self.advance,
+            self.transposed[0],
+            self.states,
+            self.kept,
+            self.grads,
+            grad_sums,
+            to_starts,
+            self.carries[0],
+            self.carries[-1],
+        )
 
     def feedback_backward(
         self,

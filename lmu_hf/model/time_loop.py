@@ -110,6 +110,38 @@ class TimeLoop:
         """Gradients of the initial states, after the last :meth:`backward`."""
         raise NotImplementedError
 
+    def folded_forward(self, first: int, count: int, known: Tensor, starts: Tensor, operators: ChunkOperators) -> None:
+        """Runs steps whose u is known in advance, of a loop without memory, for which it is folded into their sums.
+
+        Args:
+            first: the first step, where a chunk starts.
+            count: number of steps.
+            known: what inputs and u contribute to the sums (B, L, W), L a multiple of C; overwritten.
+            starts: the memory at the start of each of these chunks (B, L / C, D * N).
+            operators: the matrices of a chunk.
+        """
+        assert operators.fold is not None
+        with full_float32(known):
+            known.view(starts.shape[:2].numel(), -1).addmm_(starts.flatten(0, 1), operators.fold)
+        self.forward(first, count, known, known[..., :0])
+
+    def folded_backward(
+        self, first: int, count: int, grad_sums: Tensor, to_starts: Tensor, operators: ChunkOperators
+    ) -> None:
+        """The adjoint of :meth:`folded_forward`, but for the gradients of the operators; calls come last to first.
+
+        Args:
+            first: the first step.
+            count: number of steps.
+            grad_sums: where the gradients of the sums go (B, L, W), zero past ``count``.
+            to_starts: where those of ``starts`` go (B, L / C, D * N).
+            operators: the matrices of a chunk.
+        """
+        assert operators.fold is not None
+        self.backward(first, count, grad_sums[..., :0], grad_sums)
+        with full_float32(grad_sums):
+            torch.mm(grad_sums.view(to_starts.shape[:2].numel(), -1), operators.fold.mT, out=to_starts.flatten(0, 1))
+
     def feedback_forward(
         self, first: int, known: Tensor, u: Tensor, starts: Tensor, memory: Tensor, operators: ChunkOperators
     ) -> Tensor:

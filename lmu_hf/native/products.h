@@ -100,17 +100,18 @@ void product(
     a += R * a_stride, c += R * c_stride, rows -= R;
   };
   while (rows > 0) {
-    // As many rows at a time as share each vector of b from registers, and no single row left over where it can be helped.
-    if (rows >= 6 && rows != 7 && rows != 8 && rows != 11)
-      take(std::integral_constant<int, 6>());
-    else if (rows >= 4 && rows != 5)
-      take(std::integral_constant<int, 4>());
-    else if (rows >= 3)
-      take(std::integral_constant<int, 3>());
-    else if (rows == 2)
-      take(std::integral_constant<int, 2>());
-    else
-      take(std::integral_constant<int, 1>());
+    // As many rows at a time as share each vector of b from registers, and as evenly as they go: a few left over would leave the
+    // processor idle.
+    constexpr int64_t most = 6;
+    const int64_t blocks = (rows + most - 1) / most;
+    switch ((rows + blocks - 1) / blocks) {
+      case 6: take(std::integral_constant<int, 6>()); break;
+      case 5: take(std::integral_constant<int, 5>()); break;
+      case 4: take(std::integral_constant<int, 4>()); break;
+      case 3: take(std::integral_constant<int, 3>()); break;
+      case 2: take(std::integral_constant<int, 2>()); break;
+      default: take(std::integral_constant<int, 1>());
+    }
   }
 }
 

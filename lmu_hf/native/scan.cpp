@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "feedback.h"
+#include "folded.h"
 #include "loop.h"
 #include "memory.h"
 #include "stream.h"
@@ -25,6 +26,14 @@ TORCH_LIBRARY(lmu_hf, library) {
       "scan_backward(str kind, int linear, int first, int count, int chunk, Tensor to_hidden, Tensor to_u, Tensor[] states, "
       "Tensor[] kept, Tensor[] grads, Tensor grad_u, Tensor(a!) grad_sums, Tensor(b!) carry, Tensor(c!) carried, "
       "Tensor[] encoding, Tensor? mask, str activation) -> ()");
+  // The chunks of a segment whose u is known: known (B, L, W), starts and to_starts (B, L / C, D * N), folds (C, D * N, W) in
+  // panels, or (C, W, D * N) for the adjoint. Of the L steps, `count` are there.
+  library.def(
+      "folded_forward(str kind, int first, int count, int chunk, Tensor known, Tensor folds, Tensor starts, Tensor matrix, "
+      "Tensor[] states, Tensor(a!)[] kept) -> ()");
+  library.def(
+      "folded_backward(str kind, int first, int count, int chunk, Tensor folds, Tensor to_hidden, Tensor[] states, "
+      "Tensor[] kept, Tensor[] grads, Tensor(a!) grad_sums, Tensor(b!) to_starts, Tensor(c!) carry, Tensor(d!) carried) -> ()");
   // The chunks of a segment, L steps from `first` on: fold (D * N, C * W), starts (B, K, D * N), memory (B, D, N), which is
   // updated, and known (B, L, W); powers, A^C transposed (S, N, N), and responses (S, C, N) in panels. With `folds`, the fold as
   // (C, D * N, W) in panels, each thread takes its rows through all chunks; without, the product with it is for all threads.
@@ -48,6 +57,8 @@ TORCH_LIBRARY(lmu_hf, library) {
 TORCH_LIBRARY_IMPL(lmu_hf, CPU, library) {
   library.impl("scan_forward", &forward);
   library.impl("scan_backward", &backward);
+  library.impl("folded_forward", &folded_forward);
+  library.impl("folded_backward", &folded_backward);
   library.impl("feedback_forward", &feedback_forward);
   library.impl("feedback_backward", &feedback_backward);
   library.impl("memory_forward", &memory_forward);
