@@ -5,11 +5,13 @@ to measurements on two cores of a server processor. Only their ratios matter, an
 devices than CPUs, and in traced graphs, which serve many sizes, the choices are reasoned, not measured.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from .compiled import LARGEST_ORDER, SMALL_ORDER
+from .convolution import transform_size
 
 CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -169,6 +171,15 @@ def uncoupled_costs(sizes: Recurrence, *, compiled: bool) -> dict[tuple[str, int
     return costs
 
 
+def convolved_cost(sizes: Recurrence) -> float:
+    """What :func:`convolved_recurrence` takes, forward and backward, in nanoseconds."""
+    batch, steps, dims, order, hidden, gates = sizes
+    rows, size = batch * steps, transform_size(2 * steps - 1)
+    points = (batch + batch % 2) * size * gates
+    transforms = points * (0.15 * math.log2(size) + 0.3 * dims) + size * dims * gates * 10
+    return 1.5e6 + 750 * steps + transforms + rows * (0.03 * hidden * gates + 8 * (gates + hidden))
+
+
 def merged_cost(sizes: Recurrence) -> float:
     """What :func:`merged_recurrence` takes, forward and backward, in nanoseconds."""
     batch, steps, dims, order, hidden, gates = sizes
@@ -199,6 +210,7 @@ def recurrence_algorithm(
     compiled: bool,
     measured: bool,
     merges: bool = True,
+    at_rest: bool = False,
 ) -> tuple[str, int]:
     """How to run a layer with a hidden cell in affine gates: ``Plan.memory`` and ``Plan.chunk``.
 
@@ -209,6 +221,7 @@ def recurrence_algorithm(
         compiled: the compiled loops are there.
         measured: whether the models hold; "merged" is taken only where they do.
         merges: whether it may be taken at all.
+        at_rest: the memory begins empty, which "convolved" asks for.
     """
     costs: dict[tuple[str, int], float]
     if hidden_to_memory:
@@ -218,6 +231,8 @@ def recurrence_algorithm(
     else:
         first = min(lookahead_costs(sizes._replace(hidden_size=0, gates=0)).values()) if memory_to_memory else 0.0
         costs = {way: first + cost for way, cost in uncoupled_costs(sizes, compiled=compiled).items()}
+        if measured and compiled and at_rest:
+            costs["convolved", 0] = first + convolved_cost(sizes)
     if measured and merges and (compiled or hidden_to_memory):
         costs["merged", 0] = merged_cost(sizes) - (0 if compiled else sizes.steps * _PYTHON_STEP)
     return min(costs, key=costs.__getitem__)

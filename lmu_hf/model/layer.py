@@ -16,7 +16,7 @@ from .cell_registry import HiddenCellSpec
 from .cells import is_recurrent
 from .gates import gate_weights
 from .lmu_cell import LMUCell
-from .lookahead import gated_scan, lookahead_input, lookahead_recurrence, uncoupled_recurrence
+from .lookahead import convolved_recurrence, gated_scan, lookahead_input, lookahead_recurrence, uncoupled_recurrence
 from .memory import ALGORITHMS, linear_memory, wants_gradient
 from .merged import merged_recurrence
 from .plan import Plan, make_plan
@@ -322,6 +322,7 @@ class LMU(nn.Module):
             return_sequences=return_sequences,
             training=wants_gradient(x, *cell.parameters(recurse=False)),
             like=x,
+            at_rest=at_rest,
         )
         sequence: Any = {"return_sequence": return_sequences}
         if self.algorithm == "naive" or (plan.memory == "naive" and (cell.coupled or self._hidden_is_recurrent)):
@@ -337,6 +338,10 @@ class LMU(nn.Module):
             u = lookahead_input(cell, x, state.memory, system, dropout)
         else:
             u = cell.encode(x, dropout=dropout)
+        if plan.memory == "convolved":
+            assert weights is not None
+            wanted = {**sequence, "return_state": return_state}
+            return convolved_recurrence(cell, weights, x, u, state.hidden, lengths, system, **wanted)
         if plan.memory in ("folded", "written"):
             assert weights is not None
             wanted = {**sequence, "return_state": return_state, "folds": plan.memory == "folded"}

@@ -26,11 +26,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunked_scan import chunked_scan
+from .convolved import convolved_scan
 from .costs import Recurrence, lookahead_chunk
-from .folding import ChunkOperators, encoder_matrix, feedback_operators, final_memory, input_matrices, input_operators
+from .folding import (
+    ChunkOperators,
+    by_dimension,
+    encoder_matrix,
+    feedback_operators,
+    final_memory,
+    input_matrices,
+    input_operators,
+)
 from .gates import GateWeights, Pointwise
 from .legendre import DelaySystem
-from .memory import measured
+from .memory import linear_memory, measured
 from .ragged import blank, last_valid, where_started
 from .state import Dropout, LMUState
 
@@ -115,6 +124,39 @@ def uncoupled_recurrence(
         assert starts is not None
         output = _output(sequences, lengths, return_sequence).to(x.dtype)
         return output, _state(u, starts, sequences, state, lengths, system) if return_state else None
+
+
+def convolved_recurrence(
+    cell: LMUCell,
+    weights: GateWeights,
+    x: Tensor,
+    u: Tensor,
+    hidden: State,
+    lengths: Tensor | None,
+    system: DelaySystem,
+    *,
+    return_sequence: bool,
+    return_state: bool = True,
+) -> tuple[Tensor, LMUState | None]:
+    """Runs an LMU without feedback into a memory that begins empty: what the memory contributes to the gates of all steps is one
+    convolution of u with its response to the gates. Otherwise like :func:`uncoupled_recurrence`.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        own = weights.to(dtype)
+        of_memory, of_input = own.input_weight.tensor_split([cell.memory_d * cell.order])
+        response = system.impulse_response(x.shape[1], dtype, x.device)
+        kernel = by_dimension(response, of_memory.view(cell.memory_d, cell.order, -1))
+        u = blank(u.to(dtype), lengths)
+        given = (x.to(dtype), of_input) if cell.input_to_hidden else (None, None)
+        assert own.hidden_weight is not None
+        before = tuple(part.to(dtype) for part in hidden)
+        sequences = convolved_scan(Pointwise(own.kind), *given, own.bias, u, kernel, own.hidden_weight, before)
+        output = _output(sequences, lengths, return_sequence)
+        if not return_state:
+            return output.to(x.dtype), None
+        memory = linear_memory(u, system, None, lengths, return_sequence=False)[1]
+        return output.to(x.dtype), LMUState(memory, _final(sequences, hidden, lengths))
 
 
 def gated_scan(

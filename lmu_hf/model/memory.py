@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .by_system import chain, fold_rows, fold_state, product, starts_at_once, unfold_sequence, unfold_state
 from .compiled import LARGEST_ORDER, available
+from .convolution import causal_convolution
 from .costs import MANY_ROWS, memory_algorithm, memory_chunk
 from .legendre import DelaySystem
 from .precision import exact_matmul, full_float32
@@ -364,11 +365,12 @@ class _Scan(torch.autograd.Function):
 
 def _fft(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     inputs = fold_rows(u, system.scales)
-    steps = inputs.shape[-1]
-    size = 1 << (2 * steps - 1).bit_length()  # no wrap-around, and a power of two
-    response = torch.fft.rfft(system.impulse_response(steps, u.dtype, u.device).mT, n=size)
-    spectrum = torch.fft.rfft(inputs, n=size)[:, :, None] * response[:, None]
-    states = torch.fft.irfft(spectrum, n=size)[..., :steps].mT
+    steps = inputs.shape[2]
+    responses = system.impulse_response(steps, u.dtype, u.device)
+    by_system = [
+        causal_convolution(rows[..., None], response[None]) for rows, response in zip(inputs, responses, strict=True)
+    ]
+    states = by_system[0][None] if len(by_system) == 1 else torch.stack(by_system)
     if initial_state is not None:
         states = states + _free_response(fold_state(initial_state, system.scales), system, steps)
     return _finish(unfold_sequence(states, u.shape), initial_state, lengths)

@@ -29,8 +29,9 @@ class Plan(NamedTuple):
 
     Attributes:
         memory: "naive" (step by step), "lookahead" (fed back, in chunks), "folded" or "written" (together with a recurrent hidden
-            cell, in chunks: folded into its weights, or written a few chunks at a time), "merged" (one product a step for memory
-            and gates), or an algorithm of :func:`linear_memory`: "chunked", "fft", "final", "scan".
+            cell, in chunks: folded into its weights, or written a few chunks at a time), "convolved" (what it contributes to the
+            gates of all steps at once), "merged" (one product a step for memory and gates), or an algorithm of
+            :func:`linear_memory`: "chunked", "fft", "final", "scan".
         chunk: time steps at a time; 0 where the algorithm knows no chunks.
         hidden: "at once" for all steps; "compiled loop", "triton loop" or "python loop" over affine gates; "step by step"; None
             without a hidden cell.
@@ -59,6 +60,7 @@ def make_plan(
     return_sequences: bool,
     training: bool,
     like: Tensor,
+    at_rest: bool = True,
 ) -> Plan:
     """Chooses how to run a layer.
 
@@ -72,6 +74,7 @@ def make_plan(
         return_sequences: all outputs are wanted.
         training: a gradient of the memory's input is wanted.
         like: a tensor of the dtype and on the device of the inputs.
+        at_rest: the state before the first step is known to be zero.
 
     Raises:
         ValueError: the named algorithm cannot run this layer.
@@ -96,7 +99,7 @@ def make_plan(
     if algorithm == "merged" and u_first:
         raise _refusal("merged", "encoder_act or the dropout of what is fed back asks for u before the gates", "lookahead")
     if weights is not None and (cell.hidden_to_memory or recurrent) and algorithm in ("auto", "lookahead", "merged"):
-        return _recurrence(cell, algorithm, batch, steps, weights, like, u_first=u_first)
+        return _recurrence(cell, algorithm, batch, steps, weights, like, u_first=u_first, at_rest=at_rest)
     if algorithm == "merged":
         raise _refusal("merged", "its hidden cell has no form as affine gates", "naive")
     because = _INPUT_FIRST if cell.memory_to_memory else _INPUT_KNOWN
@@ -120,7 +123,15 @@ def make_plan(
 
 
 def _recurrence(
-    cell: LMUCell, algorithm: str, batch: int, steps: int, weights: GateWeights, like: Tensor, *, u_first: bool
+    cell: LMUCell,
+    algorithm: str,
+    batch: int,
+    steps: int,
+    weights: GateWeights,
+    like: Tensor,
+    *,
+    u_first: bool,
+    at_rest: bool,
 ) -> Plan:
     """How to run a hidden cell in affine gates, together with its memory."""
     if algorithm == "merged":
@@ -132,6 +143,7 @@ def _recurrence(
         memory_to_memory=cell.memory_to_memory,
         compiled=available(like),
         measured=measured(like),
+        at_rest=at_rest,
         # An infinite hidden state, which only unbounded cells have, must not reach a memory that it is not fed back to.
         merges=algorithm == "auto" and not u_first and (cell.hidden_to_memory or weights.kind not in UNBOUNDED),
     )

@@ -7,6 +7,7 @@
 
 #include <torch/library.h>
 
+#include "convolution.h"
 #include "feedback.h"
 #include "folded.h"
 #include "loop.h"
@@ -49,6 +50,10 @@ TORCH_LIBRARY(lmu_hf, library) {
       "Tensor(d!) carried, Tensor? grad_starts, Tensor(e!) arrived, Tensor[] encoding, Tensor? mask, str activation) -> ()");
   // starts (M, D, N), u (M, C, D), A (S, N, N), B (S, N), states (M, C, D, N); N up to 32. `arriving` takes the gradients that
   // reach each state, later ones included.
+  library.def("convolution_spectrum(Tensor kernel, int size) -> Tensor");
+  library.def("convolution_forward(Tensor u, Tensor spectrum, Tensor(a!) out) -> ()");
+  library.def(
+      "convolution_backward(Tensor u, Tensor spectrum, Tensor grad, Tensor(a!)? grad_u, Tensor(b!)? grad_kernel) -> ()");
   library.def("memory_forward(Tensor starts, Tensor u, Tensor A, Tensor B, Tensor(a!) states) -> ()");
   library.def(
       "memory_backward(Tensor grads, Tensor A, Tensor B, Tensor(a!) grad_starts, Tensor(b!) grad_u, Tensor(c!)? arriving) -> ()");
@@ -61,6 +66,9 @@ TORCH_LIBRARY_IMPL(lmu_hf, CPU, library) {
   library.impl("folded_backward", &folded_backward);
   library.impl("feedback_forward", &feedback_forward);
   library.impl("feedback_backward", &feedback_backward);
+  library.impl("convolution_spectrum", &convolution_spectrum);
+  library.impl("convolution_forward", &convolution_forward);
+  library.impl("convolution_backward", &convolution_backward);
   library.impl("memory_forward", &memory_forward);
   library.impl("memory_backward", &memory_backward);
 }

@@ -1,0 +1,157 @@
+"""A hidden cell over a memory that begins empty and knows its input, as one differentiable function with a backward pass of its own.
+
+What the memory contributes to the gates of all steps is a convolution, see :mod:`convolution`; then comes the time loop of
+:mod:`scan`. Both go row by row, so some rows at a time go through them: what is as long as the sequence, the sums of the steps and
+their gradients, exists for these rows only, and stays in the cache between convolution and loop.
+
+Names: B batch, T time, D memory dimensions, H hidden size, G gates, I inputs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .convolution import convolve, convolve_back
+from .gates import Pointwise
+from .scan import scan_class
+from .time_loop import State, TimeLoop
+
+# Numbers of the sums of some rows, which a cache that threads share is to hold; but rows enough for full products.
+_NUMBERS = 1 << 22
+_ROWS = 12  # per thread
+
+
+def convolved_scan(
+    cell: Pointwise,
+    given: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    u: Tensor,
+    kernel: Tensor,
+    hidden_weight: Tensor,
+    states: State,
+) -> State:
+    """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
+
+    Args:
+        cell: what a step makes of its gates.
+        given: what goes to the gates beside the memory (B, T, I), or None.
+        weight: its way there (I, G), or None.
+        bias: (G,) or None.
+        u: the memory's input (B, T, D).
+        kernel: what the gates receive of an impulse, by memory dimension and lag (D, T, G).
+        hidden_weight: h -> gates (H, G).
+        states: hidden state tensors before the first step, (B, H) each.
+
+    Returns:
+        Each state tensor after every step (B, T, H).
+    """
+    return _ConvolvedScan.apply(cell, given, weight, bias, u, kernel, hidden_weight, *states)
+
+
+class _ConvolvedScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, cell: Pointwise, *inputs: Any) -> tuple[Tensor, ...]:
+        given, weight, bias, u, kernel, hidden_weight, *states = inputs
+        kept = cell.allocate(tuple(states), u.shape[1])
+        width = hidden_weight.shape[1]
+        convolution = convolve(kernel)
+        sums: Any = None
+        for rows in _tiles(u, width):
+            sums = _room(sums, u[rows], width)
+            _start(sums, None if given is None else given[rows], weight, bias)
+            convolution(u[rows], sums)
+            loop = _loop(cell, hidden_weight, states, kept, rows)
+            loop.forward(0, u.shape[1], sums, sums[..., :0])
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.cell, ctx.inputs, ctx.states, ctx.device_type = cell, len(inputs), len(states), u.device.type
+        ctx.set_materialize_grads(False)
+        return kept[: len(states)]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "this recurrence has no second derivative; set algorithm='naive' on the layer for create_graph=True"
+            )
+        with torch.autocast(ctx.device_type, enabled=False):  # as forward, whoever calls it
+            return None, *_backward(ctx, grads)
+
+
+def _backward(ctx: Any, arriving: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    given, weight, bias, u, kernel, hidden_weight, *rest = ctx.saved_tensors
+    states, kept = rest[: ctx.states], tuple(rest[ctx.states :])
+    names = ("given", "weight", "bias", "u", "kernel", "hidden_weight")
+    wanted = dict(zip(names, ctx.needs_input_grad[1:], strict=False))
+    steps, width = u.shape[1], hidden_weight.shape[1]
+    # Those that are sums over rows begin with zeros.
+    made = {
+        "given": torch.empty_like(given) if wanted["given"] else None,
+        "u": torch.empty_like(u) if wanted["u"] else None,
+        **{
+            name: torch.zeros_like(tensor, memory_format=torch.contiguous_format) if wanted[name] else None
+            for name, tensor in (("weight", weight), ("bias", bias), ("kernel", kernel), ("hidden_weight", hidden_weight))
+        },
+    }
+    correlation = convolve_back(kernel)
+    of_states: list[State] = []
+    sums: Any = None
+    for rows in _tiles(u, width):
+        sums = _room(sums, u[rows], width)
+        loop = _loop(ctx.cell, hidden_weight, states, kept, rows)
+        loop.start_backward(
+            tuple(
+                state[rows, :, :0] if grad is None else grad[rows] for grad, state in zip(arriving, kept, strict=False)
+            )
+        )
+        loop.backward(0, steps, sums[..., :0], sums)
+        of_states.append(loop.initial_gradients())
+        flat = sums.view(-1, width)
+        if made["given"] is not None:
+            torch.mm(flat, weight.mT, out=made["given"][rows].view(len(flat), -1))
+        if made["weight"] is not None:
+            made["weight"].addmm_(given[rows].reshape(len(flat), -1).mT, flat)
+        if made["bias"] is not None:
+            made["bias"] += flat.sum(0)
+        if made["u"] is not None or made["kernel"] is not None:
+            correlation(u[rows], sums, None if made["u"] is None else made["u"][rows], made["kernel"])
+        if made["hidden_weight"] is not None:
+            # Against the h before each step. All rows in one product: only their first steps do not follow in it.
+            made["hidden_weight"].addmm_(states[0][rows].mT, sums[:, 0])
+            sums[:, 0] = 0
+            made["hidden_weight"].addmm_(kept[0][rows].view(len(flat), -1)[:-1].mT, flat[1:])
+    return *(made[name] for name in names), *(torch.cat(parts) for parts in zip(*of_states, strict=True))
+
+
+def _tiles(u: Tensor, width: int) -> list[slice]:
+    """Which rows go together."""
+    batch = len(u)
+    if u.is_cuda:
+        return [slice(0, batch)]
+    most = max(_NUMBERS // (u.shape[1] * width), _ROWS * torch.get_num_threads())
+    count = -(-batch // most)
+    size = -(-batch // count)
+    return [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
+
+
+def _room(sums: Tensor | None, u: Tensor, width: int) -> Tensor:
+    """(B, T, G) for these rows, which the ones after them use again."""
+    return u.new_empty(*u.shape[:2], width) if sums is None else sums[: len(u)]
+
+
+def _start(sums: Tensor, given: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+    """What the gates receive beside memory and hidden state."""
+    if given is None or weight is None:
+        sums.copy_(torch.zeros_like(sums[0, 0]) if bias is None else bias)
+        return
+    flat, inputs = sums.view(-1, sums.shape[2]), given.reshape(-1, given.shape[2])
+    if bias is None:
+        torch.mm(inputs, weight, out=flat)
+    else:
+        torch.addmm(bias, inputs, weight, out=flat)
+
+
+def _loop(cell: Pointwise, hidden_weight: Tensor, states: Any, kept: State, rows: slice) -> TimeLoop:
+    own = tuple(state[rows] for state in states), tuple(tensor[rows] for tensor in kept)
+    return scan_class(hidden_weight)(cell, hidden_weight, 1, 0, *own)
