@@ -84,7 +84,10 @@ class _CompiledConvolution(torch.autograd.Function):
             found = iter(torch.autograd.grad(spectral_convolution(*inputs), needed, grad, create_graph=True))
             return tuple(next(found) if asked else None for asked in wanted)
         u, kernel = inputs
-        grads = tuple(torch.zeros_like(tensor) if asked else None for tensor, asked in zip(inputs, wanted, strict=True))
+        grads = tuple(
+            torch.zeros_like(tensor, memory_format=torch.contiguous_format) if asked else None
+            for tensor, asked in zip(inputs, wanted, strict=True)
+        )
         convolve_back(kernel)(u, grad, *grads)
         return grads
 

@@ -87,8 +87,8 @@ def _backward(ctx: Any, arriving: tuple[Tensor | None, ...]) -> tuple[Tensor | N
     steps, width = u.shape[1], hidden_weight.shape[1]
     # Those that are sums over rows begin with zeros.
     made = {
-        "given": torch.empty_like(given) if wanted["given"] else None,
-        "u": torch.empty_like(u) if wanted["u"] else None,
+        "given": torch.empty_like(given, memory_format=torch.contiguous_format) if wanted["given"] else None,
+        "u": torch.empty_like(u, memory_format=torch.contiguous_format) if wanted["u"] else None,
         **{
             name: torch.zeros_like(tensor, memory_format=torch.contiguous_format) if wanted[name] else None
             for name, tensor in (("weight", weight), ("bias", bias), ("kernel", kernel), ("hidden_weight", hidden_weight))

@@ -181,12 +181,18 @@ T sum(typename Vector<T>::type value) {
 
 int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }
 
-// Two rows that meet in one signal share its rounding, so they come to the same size first: a power of two for each row of a
-// (B, T, F) tensor that takes its largest number to between 1/2 and 1. Rows that hold something infinite or not a number are not a
-// number then, and are to be left out: they must not reach their neighbours.
+// What each of some rows is multiplied with before it meets its partner in one signal, and what it is multiplied with afterwards.
 template <typename T>
-std::vector<T> normalizing(const Sequence<T>& rows, int64_t begin, int64_t end, int64_t steps) {
-  std::vector<T> factors(end - begin);
+struct Factors {
+  std::vector<T> before, after;
+};
+
+// Both rows of a signal share its rounding, so they come to the same size first: by powers of two that take the largest number of
+// a row of (B, T, F) to between 1/2 and 1. Rows of zeros stay out of it, and come out as zeros. So do those that hold something
+// infinite or not a number, which must not reach their partners, and which come out as such.
+template <typename T>
+Factors<T> normalizing(const Sequence<T>& rows, int64_t begin, int64_t end, int64_t steps) {
+  Factors<T> factors{std::vector<T>(end - begin), std::vector<T>(end - begin)};
   at::parallel_for(begin, end, 1, [&](int64_t from, int64_t to) {
     for (int64_t b = from; b < to; ++b) {
       typename Vector<T>::type largest = {}, total = {};
@@ -198,15 +204,19 @@ std::vector<T> normalizing(const Sequence<T>& rows, int64_t begin, int64_t end, 
         }
       T most = 0;
       for (int64_t lane = 0; lane < LANES<T>; ++lane) most = std::max(most, largest[lane]);
-      const bool finite = std::isfinite(most) && sum<T>(total) == 0;
-      factors[b - begin] = !finite ? std::numeric_limits<T>::quiet_NaN()
-          : most < std::numeric_limits<T>::min() ? T(1) : std::ldexp(T(1), -(std::ilogb(most) + 1));
+      T &before = factors.before[b - begin], &after = factors.after[b - begin];
+      if (!std::isfinite(most) || sum<T>(total) != 0) {
+        after = std::numeric_limits<T>::quiet_NaN();
+      } else if (most > 0) {
+        before = std::ldexp(T(1), std::min(-std::ilogb(most) - 1, std::numeric_limits<T>::max_exponent - 2));
+        after = 1 / before;
+      }
     }
   });
   return factors;
 }
 
-// The spectra of some rows of u (B, T, D) times a factor each, two rows as real and imaginary part of one: (ceil(rows / 2), D,
+// The spectra of some rows of u (B, T, D), each times a factor and left out where that is zero, two rows as real and imaginary part of one: (ceil(rows / 2), D,
 // size, 2).
 template <typename T>
 void pack(
@@ -222,7 +232,7 @@ void pack(
       std::fill(points.begin(), points.end(), T(0));
       for (int64_t row = 2 * first; row < std::min(end - begin, 2 * (first + count)); ++row) {
         T* to = &points[row % 2 * LANES<T> + row / 2 - first];
-        if (!std::isnan(factors[row]))
+        if (factors[row] != 0)
           for (int64_t t = 0; t < steps; ++t) to[t * POINT] = u.at(begin + row, t)[dim] * factors[row];
       }
       transform.forward(points.data());
@@ -233,7 +243,7 @@ void pack(
   });
 }
 
-// The way back: to rows of u, divided by their factors.
+// The way back: to rows of u, times factors.
 template <typename T>
 void unpack(
     const Transform<T>& transform, const std::vector<T>& signals, const std::vector<T>& factors, const Sequence<T>& u, int64_t begin,
@@ -250,7 +260,7 @@ void unpack(
       transform.inverse(points.data());
       for (int64_t row = 2 * first; row < std::min(end - begin, 2 * (first + count)); ++row) {
         const T* made = &points[row % 2 * LANES<T> + row / 2 - first];
-        for (int64_t t = 0; t < steps; ++t) u.at(begin + row, t)[dim] = made[t * POINT] / factors[row];
+        for (int64_t t = 0; t < steps; ++t) u.at(begin + row, t)[dim] = made[t * POINT] * factors[row];
       }
     }
   });
@@ -280,6 +290,13 @@ at::Tensor convolution_spectrum(const at::Tensor& kernel, int64_t size) {
   return spectrum;
 }
 
+void check_sizes(const at::Tensor& u, const at::Tensor& spectrum, const at::Tensor& out) {
+  TORCH_CHECK(
+      u.size(0) == out.size(0) && u.size(1) == out.size(1) && u.size(2) == spectrum.size(0) &&
+          spectrum.size(2) >= 2 * out.size(1) - 1,
+      "expected sizes that belong together");
+}
+
 constexpr int64_t TOGETHER = 16;  // rows, whose places in a (B, T, W) tensor stay in the cache while its columns pass
 constexpr int64_t AHEAD = 8;      // steps whose places are asked for before they are needed
 
@@ -288,6 +305,7 @@ void convolution_forward(const at::Tensor& u, const at::Tensor& spectrum, const 
   with_type(out, [&](auto scalar) {
     using T = decltype(scalar);
     constexpr int64_t POINT = Transform<T>::POINT;
+    check_sizes(u, spectrum, out);
     const Sequence<T> from(u), to(out);
     const int64_t batch = out.size(0), steps = out.size(1), width = out.size(2);
     const int64_t dims = u.size(2), groups = spectrum.size(1), size = spectrum.size(2);
@@ -295,8 +313,8 @@ void convolution_forward(const at::Tensor& u, const at::Tensor& spectrum, const 
     std::vector<T> signals;
     for (int64_t tile = 0; tile < batch; tile += TOGETHER) {
       const int64_t past = std::min(batch, tile + TOGETHER);
-      const std::vector<T> factors = normalizing<T>(from, tile, past, steps);
-      pack<T>(transform, from, tile, past, steps, factors, signals);
+      const Factors<T> factors = normalizing<T>(from, tile, past, steps);
+      pack<T>(transform, from, tile, past, steps, factors.before, signals);
       at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
         std::vector<T> points(size * POINT);
         for (int64_t group = begin; group < end; ++group)
@@ -313,7 +331,7 @@ void convolution_forward(const at::Tensor& u, const at::Tensor& spectrum, const 
             transform.inverse(points.data());
             const int64_t column = group * LANES<T>, count = width - column, rows = std::min<int64_t>(2, past - b);
             for (int64_t row = 0; row < rows; ++row) {
-              const T factor = T(1) / factors[b + row - tile];
+              const T factor = factors.after[b + row - tile];
               for (int64_t t = 0; t < steps; ++t) {
                 __builtin_prefetch(to.at(b + row, t + AHEAD) + column, 1);
                 const T* made = &points[t * POINT + row * LANES<T>];
@@ -334,6 +352,7 @@ void convolution_backward(
     using T = decltype(scalar);
     using Vec = typename Vector<T>::type;
     constexpr int64_t POINT = Transform<T>::POINT;
+    check_sizes(u, spectrum, grad);
     const Sequence<T> inputs(u), from(grad);
     const int64_t batch = grad.size(0), steps = grad.size(1), width = grad.size(2), threads = at::get_num_threads();
     const int64_t dims = u.size(2), groups = spectrum.size(1), size = spectrum.size(2);
@@ -342,11 +361,9 @@ void convolution_backward(
     std::vector<T> signals, sent;
     for (int64_t tile = 0; tile < batch; tile += TOGETHER) {
       const int64_t past = std::min(batch, tile + TOGETHER), spectra = parts(past - tile, 2) * dims * size * 2;
-      const std::vector<T> factors = normalizing<T>(from, tile, past, steps);
+      const Factors<T> factors = normalizing<T>(from, tile, past, steps);
       // What the kernel receives is a product of both, in which the factors have to vanish.
-      std::vector<T> inverse(factors);
-      for (T& factor : inverse) factor = T(1) / factor;
-      if (grad_kernel) pack<T>(transform, inputs, tile, past, steps, inverse, signals);
+      if (grad_kernel) pack<T>(transform, inputs, tile, past, steps, factors.after, signals);
       sent.assign(grad_u ? threads * spectra : 0, T(0));  // of each thread
       at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
         std::vector<T> points(size * POINT);
@@ -356,8 +373,8 @@ void convolution_backward(
             const int64_t column = group * LANES<T>, count = width - column;
             std::fill(points.begin(), points.end(), T(0));
             for (int64_t row = 0; row < std::min<int64_t>(2, past - b); ++row) {
-              const T factor = factors[b + row - tile];
-              if (std::isnan(factor)) continue;
+              const T factor = factors.before[b + row - tile];
+              if (factor == 0) continue;
               for (int64_t t = 0; t < steps; ++t) {
                 __builtin_prefetch(from.at(b + row, t + AHEAD) + column);
                 *reinterpret_cast<Vec*>(&points[t * POINT + row * LANES<T>]) =
@@ -388,7 +405,7 @@ void convolution_backward(
       if (!grad_u) continue;
       for (int64_t thread = 1; thread < threads; ++thread)
         for (int64_t i = 0; i < spectra; ++i) sent[i] += sent[thread * spectra + i];
-      unpack<T>(transform, sent, factors, Sequence<T>(*grad_u), tile, past, steps);
+      unpack<T>(transform, sent, factors.after, Sequence<T>(*grad_u), tile, past, steps);
     }
     if (!grad_kernel) return;
     const Sequence<T> to(*grad_kernel);

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmu_hf.model import chunked_scan, lookahead, plan, time_loop
+from lmu_hf.model import chunked_scan, convolved, lookahead, plan, time_loop
 from lmu_hf.model.cell_registry import build_hidden_cell
 from lmu_hf.model.gates import GATES, gate_weights
 from lmu_hf.model.layer import LMU
@@ -67,13 +67,14 @@ def take(monkeypatch, chunk, memory="lookahead"):
     monkeypatch.setattr(plan, "recurrence_algorithm", chosen)
 
 
-def everything(layer, x, lengths):
-    """Output, states, and the gradients of x, of the initial state and of all weights; always with the same dropout."""
+def everything(layer, x, lengths, at_rest=False):
+    """Output, states, and the gradients of x, of the initial state if it is not left out, and of all weights; always with the
+    same dropout."""
     torch.manual_seed(1)
     x = x.clone().requires_grad_()
-    zeros = layer.cell.initial_state(x).tensors()
+    zeros = () if at_rest else layer.cell.initial_state(x).tensors()
     start = tuple(torch.randn_like(part).requires_grad_() for part in zeros)
-    output, state = layer(x, start, lengths=lengths)
+    output, state = layer(x, start or None, lengths=lengths)
     results = [output, *state.tensors()]
     loss = sum((result * torch.randn(result.shape, dtype=F64)).sum() for result in results)
     # A state that a path does not depend on has no gradient there and a zero one elsewhere.
@@ -81,15 +82,15 @@ def everything(layer, x, lengths):
     return results, torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
 
 
-def assert_equals_naive(layer, algorithm, cases, *, of_results=1e-11, batch=4):
+def assert_equals_naive(layer, algorithm, cases, *, of_results=1e-11, batch=4, at_rest=False):
     """Compares everything for some numbers of steps, each with the lengths of its rows or None."""
     for steps, lengths in cases.items():
         x = torch.randn(batch, steps, 3, dtype=F64)
         lengths = None if lengths is None else torch.tensor(lengths)
         layer.algorithm = algorithm
-        results, gradients = everything(layer, x, lengths)
+        results, gradients = everything(layer, x, lengths, at_rest)
         layer.algorithm = "naive"
-        naive_results, naive_gradients = everything(layer, x, lengths)
+        naive_results, naive_gradients = everything(layer, x, lengths, at_rest)
         # A linear cell without squashing may grow to 1e3 in 23 steps: relative to that.
         for ours, naive in zip(results, naive_results, strict=True):
             assert (ours - naive).abs().max() < of_results * max(1.0, float(naive.detach().abs().max()))
@@ -175,8 +176,11 @@ def test_what_it_cannot_do(arguments, reason):
     assert layer(x).isfinite().all()
 
 
-def test_second_derivative_is_refused():
-    layer = build("rnn", "all", "one")
+@pytest.mark.parametrize(("connections", "memory"), [("all", "lookahead"), ("none", "convolved")])
+def test_second_derivative_is_refused(connections, memory, monkeypatch):
+    take(monkeypatch, 4, memory)
+    monkeypatch.setitem(CONNECTIONS, "none", {})
+    layer = build("rnn", connections, "one")
     x = torch.randn(2, 6, 3, dtype=F64, requires_grad=True)
     output, _ = layer(x)
     with pytest.raises(RuntimeError, match="second derivative.*algorithm='naive'"):
@@ -289,8 +293,36 @@ def test_uncoupled(cell, system, input_to_hidden, folds, loop, monkeypatch):
     assert_equals_naive(layer, "auto", {2: None, 16: None, 39: [39, 16, 17, 0]})
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("cell", [*CELLS])
+@pytest.mark.parametrize("connections", ["none", "i2h", "m2m"])
+def test_convolved(cell, system, connections, loop, monkeypatch):
+    if cell in ("dense", "torch_linear"):
+        pytest.skip("nothing goes step by step")
+    take(monkeypatch, 0, "convolved")
+    monkeypatch.setattr(lookahead, "lookahead_chunk", lambda *_, **__: 4)
+    monkeypatch.setattr(convolved, "_ROWS", 1)  # several rounds
+    monkeypatch.setattr(convolved, "_NUMBERS", 1)
+    monkeypatch.setitem(CONNECTIONS, "none", {})
+    monkeypatch.setitem(CONNECTIONS, "i2h", {"input_to_hidden": True, "use_bias": True, "dropout": 0.3})
+    layer = build(cell, connections, system)
+    assert layer.explain(4, 39).memory == "convolved"
+    assert_equals_naive(layer, "auto", {2: None, 16: None, 39: [39, 16, 17, 0, 5]}, batch=5, at_rest=True)
+
+
+def test_convolved_rows_are_not_touched_by_what_is_not_finite(monkeypatch):
+    take(monkeypatch, 0, "convolved")
+    layer = LMU(3, 2, 4, 9.0, "gru", 5, return_sequences=True)
+    x = torch.randn(4, 11, 3)
+    exact = layer(x)
+    x[1, 5] = float("nan")
+    assert torch.equal(layer(x)[[0, 2, 3]], exact[[0, 2, 3]])
+
+
 @pytest.mark.parametrize("return_sequences", [False, True])
-@pytest.mark.parametrize(("connections", "memory"), [("all", "lookahead"), ("none", "folded"), ("none", "written")])
+@pytest.mark.parametrize(
+    ("connections", "memory"), [("all", "lookahead"), ("none", "folded"), ("none", "written"), ("none", "convolved")]
+)
 def test_no_state_where_none_is_wanted(connections, memory, return_sequences, monkeypatch):
     take(monkeypatch, 4, memory)
     monkeypatch.setitem(CONNECTIONS, "none", {})
