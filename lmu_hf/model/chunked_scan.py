@@ -172,6 +172,7 @@ class _ChunkedScan(torch.autograd.Function):
                     scan.folded_forward(first, min(length, steps - first), known, begun, operators)
                     continue
                 memories = _write(begun.flatten(0, 1), u_of_chunks, operators, scratch)
+                assert operators.read is not None
                 known.view(-1, width).addmm_(memories, operators.read)
             scan.forward(first, min(length, steps - first), known, nothing)
         saved = (given, weight, bias, u, starts, *operators, *states, *kept)

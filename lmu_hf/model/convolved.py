@@ -1,8 +1,8 @@
-"""A hidden cell over a memory that begins empty and knows its input, as one differentiable function with a backward pass of its own.
+"""A recurrent cell behind a memory that begins empty and whose input is known, as one differentiable function.
 
 What the memory contributes to the gates of all steps is a convolution, see :mod:`convolution`; then comes the time loop of
-:mod:`scan`. Both go row by row, so some rows at a time go through them: what is as long as the sequence, the sums of the steps and
-their gradients, exists for these rows only, and stays in the cache between convolution and loop.
+:mod:`scan`. Rows never meet in either, so some at a time go through both: their sums, as long as the sequence, and the gradients
+of these exist for them only, and stay in the cache between convolution and loop.
 
 Names: B batch, T time, D memory dimensions, H hidden size, G gates, I inputs.
 """
@@ -17,9 +17,10 @@ from .gates import Pointwise
 from .scan import scan_class
 from .time_loop import State, TimeLoop
 
-# Numbers of the sums of some rows, which a cache that threads share is to hold; but rows enough for full products.
+# Numbers of the sums of some rows, which a cache that threads share is to hold. But rows enough for full products, or, where that
+# is most of the batch, at least for half of their speed.
 _NUMBERS = 1 << 22
-_ROWS = 12  # per thread
+_ROWS, _FEW_ROWS = 12, 4  # per thread
 
 
 def convolved_scan(
@@ -101,9 +102,7 @@ def _backward(ctx: Any, arriving: tuple[Tensor | None, ...]) -> tuple[Tensor | N
         sums = _room(sums, u[rows], width)
         loop = _loop(ctx.cell, hidden_weight, states, kept, rows)
         loop.start_backward(
-            tuple(
-                state[rows, :, :0] if grad is None else grad[rows] for grad, state in zip(arriving, kept, strict=False)
-            )
+            tuple(state[rows, :, :0] if grad is None else grad[rows] for grad, state in zip(arriving, kept, strict=False))
         )
         loop.backward(0, steps, sums[..., :0], sums)
         of_states.append(loop.initial_gradients())
@@ -126,11 +125,11 @@ def _backward(ctx: Any, arriving: tuple[Tensor | None, ...]) -> tuple[Tensor | N
 
 def _tiles(u: Tensor, width: int) -> list[slice]:
     """Which rows go together."""
-    batch = len(u)
+    batch, threads = len(u), torch.get_num_threads()
     if u.is_cuda:
         return [slice(0, batch)]
-    most = max(_NUMBERS // (u.shape[1] * width), _ROWS * torch.get_num_threads())
-    count = -(-batch // most)
+    least = min(_ROWS * threads, max(_FEW_ROWS * threads, batch // 4))
+    count = -(-batch // max(_NUMBERS // (u.shape[1] * width), least))
     size = -(-batch // count)
     return [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
 

@@ -65,15 +65,10 @@ def memory_costs(rows: int, steps: int, order: int, *, training: bool, compiled:
         parallel = min(rows, torch.get_num_threads())
         each = rows * steps / parallel * (own.part + own.product * order * lanes)
         costs["scan", 0] = own.call + each + own.large * max(numbers - _LARGE, 0)
-    own = _FFT[training]
-    digits = (2 * steps - 1).bit_length()
-    padded = rows * order << digits
-    # Spectra are transposed on the way, which past 2^11 numbers each leaves the cache.
-    scattered = min(max(2.0 ** (digits - 11), 1.0), 8.0)
-    large = _LARGE // 2 if training else _LARGE
-    costs["fft", 0] = (
-        own.call + padded * (own.product * digits + own.number * scattered) + own.large * max(padded - large, 0)
-    )
+    if compiled:
+        costs["fft", 0] = _transforms_cost(_COMPILED_FFT[training], rows, steps, order)
+    else:
+        costs["fft", 0] = _torch_transforms_cost(rows, steps, order, training=training)
     own = _CHUNKED[training]
     for size in CHUNKS[2:]:
         chunks = -(-steps // size)
@@ -89,6 +84,47 @@ def memory_costs(rows: int, steps: int, order: int, *, training: bool, compiled:
         if size >= steps:
             break
     return costs
+
+
+def _torch_transforms_cost(rows: int, steps: int, order: int, *, training: bool) -> float:
+    """What :func:`spectral_convolution` takes for all states."""
+    own, digits = _FFT[training], (2 * steps - 1).bit_length()
+    padded = rows * order << digits
+    # Spectra are transposed on the way, which past 2^11 numbers each leaves the cache.
+    scattered = min(max(2.0 ** (digits - 11), 1.0), 8.0)
+    large = _LARGE // 2 if training else _LARGE
+    return own.call + padded * (own.product * digits + own.number * scattered) + own.large * max(padded - large, 0)
+
+
+class _Transforms(NamedTuple):
+    """Nanoseconds of compiled convolutions: per call; per point of a spectrum and stage, per point, and more where points leave a
+    core's cache; for each further signal of a row; per point and stage of the kernel's spectrum; and per number that the system
+    has to provide."""
+
+    call: float
+    stage: float
+    point: float
+    far: float
+    signal: float
+    kernel: float
+    large: float
+
+
+# Without and with a backward pass.
+_COMPILED_FFT = (
+    _Transforms(222e3, 0.065, 1.0, 0.31, 0.4, 0.66, 3.7),
+    _Transforms(686e3, 0.091, 4.25, 0.86, 1.0, 1.15, 6.1),
+)
+_LANES = 8
+
+
+def _transforms_cost(own: _Transforms, rows: int, steps: int, columns: int, signals: int = 1) -> float:
+    """What :func:`causal_convolution` takes, compiled: for rows of some signals each, and the columns of their kernel."""
+    size, groups = transform_size(2 * steps - 1), -(-columns // _LANES)
+    stages, points = math.log2(size), size * groups * _LANES / min(groups, torch.get_num_threads())
+    each = own.stage * stages + own.point + own.far * max(stages - 12, 0) + own.signal * (signals - 1)
+    numbers = max(rows * steps * columns - _LARGE, 0)
+    return own.call + points * ((rows + rows % 2) * each + own.kernel * stages * signals) + own.large * numbers
 
 
 def memory_algorithm(
@@ -150,34 +186,46 @@ def lookahead_costs(sizes: Recurrence) -> dict[int, float]:
     return costs
 
 
-def uncoupled_costs(sizes: Recurrence, *, compiled: bool) -> dict[tuple[str, int], float]:
-    """What :func:`uncoupled_recurrence` takes, forward and backward: ("folded" or "written", steps per chunk) -> nanoseconds."""
+def uncoupled_costs(sizes: Recurrence, *, compiled: bool, at_rest: bool = False) -> dict[tuple[str, int], float]:
+    """What an uncoupled layer with a recurrent cell takes, forward and backward, in nanoseconds.
+
+    Of :func:`uncoupled_recurrence`, ("folded" or "written", steps per chunk); with compiled loops and ``at_rest``, of
+    :func:`convolved_recurrence`, ("convolved", 0).
+    """
     batch, steps, dims, order, hidden, gates = sizes
-    rows, recurrent = batch * steps, hidden * gates
-    step_by_step = compiled and order <= SMALL_ORDER
+    rows, recurrent, flat = batch * steps, hidden * gates, dims * order
+    # What does not stay in the cache next to the processor is read anew in each step.
+    reading = steps * max(recurrent - 1e5, 0)
     costs = {}
     for size in (size for size in (8, 16, 32, 64) if size <= max(steps, 8)):
         chunks = -(-steps // size)
         products = rows * (recurrent + dims * (size * gates + order * gates + order * order / size))
-        numbers = rows * (5.5 * (gates + hidden) + 19.2 * dims + 34.4 * dims * order / size)
-        building = 9.5 * size * dims * gates * (order + size)
-        costs["folded", size] = 2.13e6 + 80.5e3 * chunks + 750 * steps + 0.03 * products + numbers + building
+        operators = size * dims * gates * (order + size)
+        if compiled:
+            folds = steps * max(recurrent + flat * gates - 1e5, 0)
+            building = 4.3 * operators + 11.7 * max(operators - 1e6, 0)
+            work = 0.0754 * products + rows * 3.4 * (gates + hidden) + 0.1 * folds
+            costs["folded", size] = 2.82e6 + 128e3 * chunks + 1036 * steps + work + building
+        else:
+            numbers = rows * (5.5 * (gates + hidden) + 19.2 * dims + 34.4 * flat / size)
+            costs["folded", size] = 2.13e6 + 80.5e3 * chunks + 750 * steps + 0.03 * products + numbers + 9.5 * operators
+        step_by_step = compiled and order <= SMALL_ORDER
         each = 8 if step_by_step else size + order + order / size
-        products = rows * (recurrent + dims * order * (each + gates))
-        numbers = rows * 5.6 * (gates + hidden + dims * order)
+        products = rows * (recurrent + flat * (each + gates))
+        numbers = rows * (gates + hidden + flat)
         # With few rows, reading the chunk's operator costs more than multiplying with it.
-        reading = 0 if step_by_step else 0.136 * steps * (size + order) * order
-        costs["written", size] = 1.71e6 + 83.7e3 * chunks + 755 * steps + 0.0275 * products + numbers + reading
+        operator = 0 if step_by_step else steps * (size + order) * order
+        if compiled:
+            work = 0.0628 * products + 4.07 * numbers + 0.058 * operator + 0.154 * reading
+            costs["written", size] = 2.92e6 + 140e3 * chunks + 837 * steps + work
+        else:
+            work = 0.0275 * products + 5.6 * numbers + 0.136 * operator
+            costs["written", size] = 1.71e6 + 83.7e3 * chunks + 755 * steps + work
+    if compiled and at_rest:
+        kernel = steps * dims * gates * (0.068 * order + 8)
+        transforms = _transforms_cost(_COMPILED_FFT[True]._replace(call=1.92e6, large=0.0), batch, steps, gates, dims)
+        costs["convolved", 0] = transforms + kernel + 109 * steps + 0.09 * rows * recurrent + 0.033 * reading
     return costs
-
-
-def convolved_cost(sizes: Recurrence) -> float:
-    """What :func:`convolved_recurrence` takes, forward and backward, in nanoseconds."""
-    batch, steps, dims, order, hidden, gates = sizes
-    rows, size = batch * steps, transform_size(2 * steps - 1)
-    points = (batch + batch % 2) * size * gates
-    transforms = points * (0.15 * math.log2(size) + 0.3 * dims) + size * dims * gates * 10
-    return 1.5e6 + 750 * steps + transforms + rows * (0.03 * hidden * gates + 8 * (gates + hidden))
 
 
 def merged_cost(sizes: Recurrence) -> float:
@@ -230,9 +278,8 @@ def recurrence_algorithm(
         costs = {("lookahead", size): cost for size, cost in lookahead_costs(sizes).items()}
     else:
         first = min(lookahead_costs(sizes._replace(hidden_size=0, gates=0)).values()) if memory_to_memory else 0.0
-        costs = {way: first + cost for way, cost in uncoupled_costs(sizes, compiled=compiled).items()}
-        if measured and compiled and at_rest:
-            costs["convolved", 0] = first + convolved_cost(sizes)
+        own = uncoupled_costs(sizes, compiled=compiled, at_rest=at_rest)
+        costs = {way: first + cost for way, cost in own.items()}
     if measured and merges and (compiled or hidden_to_memory):
         costs["merged", 0] = merged_cost(sizes) - (0 if compiled else sizes.steps * _PYTHON_STEP)
     return min(costs, key=costs.__getitem__)

@@ -148,10 +148,11 @@ def convolved_recurrence(
         response = system.impulse_response(x.shape[1], dtype, x.device)
         kernel = by_dimension(response, of_memory.view(cell.memory_d, cell.order, -1))
         u = blank(u.to(dtype), lengths)
-        given = (x.to(dtype), of_input) if cell.input_to_hidden else (None, None)
+        given: tuple[Tensor | None, Tensor | None] = (x.to(dtype), of_input) if cell.input_to_hidden else (None, None)
         assert own.hidden_weight is not None
         before = tuple(part.to(dtype) for part in hidden)
-        sequences = convolved_scan(Pointwise(own.kind), *given, own.bias, u, kernel, own.hidden_weight, before)
+        to_gates = (*given, own.bias, u, kernel)
+        sequences = convolved_scan(Pointwise(own.kind), *to_gates, own.hidden_weight, before)
         output = _output(sequences, lengths, return_sequence)
         if not return_state:
             return output.to(x.dtype), None

@@ -6,8 +6,8 @@ One pure function, :func:`linear_memory`, and five algorithms that give the same
 name       how                                                           good for
 =========  ============================================================  =======================================
 naive      one step after the other                                      the reference
-chunked    C steps at once by one product with a constant operator       all states, most sizes
-fft        product of spectra with the impulse response                  all states, one sequence, high order
+chunked    C steps at once by one product with a constant operator       all states, on a GPU and where it begins full
+fft        product of spectra with the impulse response                  all states, long sequences, high order
 final      one product with the reversed impulse response                the last state only
 scan       one step after the other, compiled                            low order, on the CPU
 =========  ============================================================  =======================================

@@ -1,6 +1,6 @@
 """The time loop of :mod:`lmu_hf.model.scan` in C++ for CPUs: built on first use, kept, and done without where it cannot be.
 
-A few seconds of the machine's own C++ compiler on first use; later processes load the result. Without compiler or ninja
+About a minute of the machine's own C++ compiler on first use; later processes load the result. Without compiler or ninja
 everything still runs, on the slower loop in Python, and one log message says so. ``LMU_HF_NATIVE=0`` turns it off.
 """
 
@@ -80,7 +80,7 @@ def _build_and_load(library: Path) -> None:
     if sys.platform == "win32":
         raise RuntimeError("it is written for GCC and Clang")
     library.parent.mkdir(parents=True, exist_ok=True)
-    logger.warning("building the compiled CPU loop, once for this machine: about 15 s")
+    logger.warning("building the compiled CPU loop, once for this machine: about a minute")
     # ninja is looked for on PATH, where the scripts of this environment need not be.
     path = os.environ.get("PATH", "")
     # In a folder of its own and moved into place as a whole: processes that start together never see half a library, and a

@@ -48,12 +48,14 @@ TORCH_LIBRARY(lmu_hf, library) {
       "feedback_backward(str kind, int first, Tensor fold, Tensor? folds, Tensor power, Tensor response, Tensor to_hidden, "
       "Tensor to_u, Tensor[] states, Tensor[] kept, Tensor[] grads, Tensor(a!) grad_u, Tensor(b!) grad_sums, Tensor(c!) carry, "
       "Tensor(d!) carried, Tensor? grad_starts, Tensor(e!) arrived, Tensor[] encoding, Tensor? mask, str activation) -> ()");
-  // starts (M, D, N), u (M, C, D), A (S, N, N), B (S, N), states (M, C, D, N); N up to 32. `arriving` takes the gradients that
-  // reach each state, later ones included.
+  // A kernel (D, T, W) as its spectrum, in an order of its own; u (B, T, D) convolved with it, which is added to out (B, T, W); and
+  // the adjoint, where grad_u is overwritten and grad_kernel added to.
   library.def("convolution_spectrum(Tensor kernel, int size) -> Tensor");
   library.def("convolution_forward(Tensor u, Tensor spectrum, Tensor(a!) out) -> ()");
   library.def(
       "convolution_backward(Tensor u, Tensor spectrum, Tensor grad, Tensor(a!)? grad_u, Tensor(b!)? grad_kernel) -> ()");
+  // starts (M, D, N), u (M, C, D), A (S, N, N), B (S, N), states (M, C, D, N); N up to 32. `arriving` takes the gradients that
+  // reach each state, later ones included.
   library.def("memory_forward(Tensor starts, Tensor u, Tensor A, Tensor B, Tensor(a!) states) -> ()");
   library.def(
       "memory_backward(Tensor grads, Tensor A, Tensor B, Tensor(a!) grad_starts, Tensor(b!) grad_u, Tensor(c!)? arriving) -> ()");

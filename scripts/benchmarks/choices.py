@@ -89,6 +89,7 @@ def _layer(batch: int, steps: int, dims: int, order: int, hidden: int, coupled: 
         ways = [("lookahead", size) for size in CHUNKS[:7] if size <= steps]
     else:
         ways = [(memory, size) for memory in ("folded", "written") for size in (8, 16, 32, 64) if size <= max(steps, 8)]
+        ways.append(("convolved", 0))
     ways.append(("merged", 0))
     sizes = {"batch": batch, "steps": steps, "memory_d": dims, "order": order, "hidden": hidden}
     return {**sizes, "coupled": coupled, "training": training, **_compared(ways, call, (chosen.memory, chosen.chunk), runs)}

@@ -301,8 +301,8 @@ def test_convolved(cell, system, connections, loop, monkeypatch):
         pytest.skip("nothing goes step by step")
     take(monkeypatch, 0, "convolved")
     monkeypatch.setattr(lookahead, "lookahead_chunk", lambda *_, **__: 4)
-    monkeypatch.setattr(convolved, "_ROWS", 1)  # several rounds
-    monkeypatch.setattr(convolved, "_NUMBERS", 1)
+    for name in ("_ROWS", "_FEW_ROWS", "_NUMBERS"):
+        monkeypatch.setattr(convolved, name, 1)  # several rounds
     monkeypatch.setitem(CONNECTIONS, "none", {})
     monkeypatch.setitem(CONNECTIONS, "i2h", {"input_to_hidden": True, "use_bias": True, "dropout": 0.3})
     layer = build(cell, connections, system)
@@ -316,7 +316,8 @@ def test_convolved_rows_are_not_touched_by_what_is_not_finite(monkeypatch):
     x = torch.randn(4, 11, 3)
     exact = layer(x)
     x[1, 5] = float("nan")
-    assert torch.equal(layer(x)[[0, 2, 3]], exact[[0, 2, 3]])
+    # Its partner in a transform is another one, and rounds otherwise.
+    assert (layer(x) - exact)[[0, 2, 3]].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("return_sequences", [False, True])
