@@ -47,7 +47,9 @@ _FFT = (_Factors(431e3, 0.0, 0.08, 0.51, 3.4), _Factors(780e3, 0.0, 0.244, 1.12,
 MANY_ROWS = 64
 
 
-def memory_costs(rows: int, steps: int, order: int, *, training: bool, compiled: bool) -> dict[tuple[str, int], float]:
+def memory_costs(
+    rows: int, steps: int, order: int, *, training: bool, compiled: bool, systems: int = 1, at_rest: bool = True
+) -> dict[tuple[str, int], float]:
     """What each algorithm of :func:`linear_memory` takes for all states: (name, steps per chunk or 0) -> nanoseconds.
 
     Args:
@@ -56,6 +58,8 @@ def memory_costs(rows: int, steps: int, order: int, *, training: bool, compiled:
         order: N.
         training: a gradient is wanted.
         compiled: the compiled loop is there.
+        systems: S, 1 or one for each memory dimension.
+        at_rest: the memory begins empty; otherwise "fft" is left out, to which what it begins with is foreign.
     """
     costs: dict[tuple[str, int], float] = {}
     numbers = rows * steps * order
@@ -65,9 +69,9 @@ def memory_costs(rows: int, steps: int, order: int, *, training: bool, compiled:
         parallel = min(rows, torch.get_num_threads())
         each = rows * steps / parallel * (own.part + own.product * order * lanes)
         costs["scan", 0] = own.call + each + own.large * max(numbers - _LARGE, 0)
-    if compiled:
-        costs["fft", 0] = _transforms_cost(_COMPILED_FFT[training], rows, steps, order)
-    else:
+    if at_rest and compiled:
+        costs["fft", 0] = systems * _transforms_cost(_COMPILED_FFT[training], rows // systems, steps, order)
+    elif at_rest:
         costs["fft", 0] = _torch_transforms_cost(rows, steps, order, training=training)
     own = _CHUNKED[training]
     for size in CHUNKS[2:]:
@@ -128,7 +132,16 @@ def _transforms_cost(own: _Transforms, rows: int, steps: int, columns: int, sign
 
 
 def memory_algorithm(
-    rows: int, steps: int, order: int, *, return_sequence: bool, training: bool, compiled: bool, measured: bool
+    rows: int,
+    steps: int,
+    order: int,
+    *,
+    return_sequence: bool,
+    training: bool,
+    compiled: bool,
+    measured: bool,
+    systems: int = 1,
+    at_rest: bool = True,
 ) -> tuple[str, int]:
     """The algorithm of :func:`linear_memory` for these sizes, and its steps per chunk, 0 where it has none.
 
@@ -138,7 +151,14 @@ def memory_algorithm(
         return "final", 0
     if not measured:
         return "chunked", _DEFAULT_CHUNK
-    costs = memory_costs(rows, steps, order, training=training, compiled=compiled)
+    both = [
+        memory_costs(rows, steps, order, training=way, compiled=compiled, systems=systems, at_rest=at_rest)
+        for way in (False, True)
+    ]
+    costs = both[training]
+    if any(min(own, key=own.__getitem__)[0] != "fft" for own in both):
+        # Transforms round otherwise than products: a model whose gradients are wanted, or not, is to round alike.
+        costs.pop(("fft", 0), None)
     if steps < 4 and ("scan", 0) not in costs:
         return "naive", 0
     return min(costs, key=costs.__getitem__)

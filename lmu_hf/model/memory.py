@@ -130,6 +130,8 @@ def _choose(u: Tensor, initial_state: Tensor | None, system: DelaySystem, return
         training=wants_gradient(u, initial_state, system.Ad),
         compiled=available(u.new_empty(0, dtype=torch.promote_types(u.dtype, torch.float32))),
         measured=measured(u),
+        systems=system.scales,
+        at_rest=initial_state is None,
     )
     return algorithm
 

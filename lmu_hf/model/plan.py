@@ -109,7 +109,15 @@ def make_plan(
     if algorithm == "auto":
         every = return_sequences or recurrent
         memory, chunk = memory_algorithm(
-            rows, steps, cell.order, return_sequence=every, training=training, compiled=available(like), measured=known
+            rows,
+            steps,
+            cell.order,
+            return_sequence=every,
+            training=training,
+            compiled=available(like),
+            measured=known,
+            systems=len(cell.initial_theta) if isinstance(cell.initial_theta, tuple) else 1,
+            at_rest=at_rest,
         )
     else:
         memory, because = algorithm, f"algorithm={algorithm!r}"

@@ -208,7 +208,9 @@ Factors<T> normalizing(const Sequence<T>& rows, int64_t begin, int64_t end, int6
       if (!std::isfinite(most) || sum<T>(total) != 0) {
         after = std::numeric_limits<T>::quiet_NaN();
       } else if (most > 0) {
-        before = std::ldexp(T(1), std::min(-std::ilogb(most) - 1, std::numeric_limits<T>::max_exponent - 2));
+        // Not so far that one of both factors is no normal number.
+        using Limits = std::numeric_limits<T>;
+        before = std::ldexp(T(1), std::clamp(-std::ilogb(most) - 1, Limits::min_exponent, Limits::max_exponent - 2));
         after = 1 / before;
       }
     }

@@ -107,6 +107,7 @@ KNOWN = {"compiled": True, "measured": True}
 
 def test_folds_where_the_memory_is_large():
     assert recurrence_algorithm(Recurrence(100, 784, 1, 256, 212, 212), **FEEDBACK, **KNOWN)[0] == "folded"
+    assert recurrence_algorithm(Recurrence(100, 784, 1, 256, 212, 212), **FEEDBACK, **KNOWN, at_rest=True)[0] == "convolved"
     assert recurrence_algorithm(Recurrence(32, 4096, 64, 8, 128, 128), **FEEDBACK, **KNOWN)[0] == "written"
 
 
@@ -145,3 +146,22 @@ def test_chunks_are_no_longer_than_the_sequence():
 def test_what_cannot_be_merged(arguments, options, reason):
     with pytest.raises(ValueError, match=f"'merged' .*{reason}"):
         LMU(1, 1, 8, 20.0, *arguments, algorithm="merged", **options)(torch.randn(2, 5, 1))
+
+
+def test_transforms_are_for_memories_that_begin_empty_and_share_a_system():
+    sizes = {"return_sequence": True, "training": True, "compiled": True, "measured": True}
+    assert memory_algorithm(64, 784, 256, **sizes)[0] == "fft"
+    assert memory_algorithm(64, 784, 256, **sizes, at_rest=False)[0] == "chunked"
+    assert memory_algorithm(64, 64, 64, **sizes)[0] == "fft"
+    assert memory_algorithm(64, 64, 64, **sizes, systems=64)[0] == "chunked"
+
+
+def test_what_a_layer_begins_with_counts():
+    layer = LMU(1, 1, 256, 784.0, "rnn", 64, return_sequences=True, stateful=True)
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_module, "make_plan", lambda *a, **k: made.append(make_plan(*a, **k)) or made[-1])
+        for _ in range(2):
+            layer(torch.randn(4, 300, 1))
+    expected = ["convolved", "folded"] if available(torch.zeros(1)) else ["folded", "folded"]
+    assert [plan.memory for plan in made] == expected
