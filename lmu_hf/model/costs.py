@@ -69,9 +69,9 @@ def memory_costs(
         parallel = min(rows, torch.get_num_threads())
         each = rows * steps / parallel * (own.part + own.product * order * lanes)
         costs["scan", 0] = own.call + each + own.large * max(numbers - _LARGE, 0)
-    if at_rest and compiled:
+    if at_rest and compiled and steps >= _TRANSFORMED:
         costs["fft", 0] = systems * _transforms_cost(_COMPILED_FFT[training], rows // systems, steps, order)
-    elif at_rest:
+    elif at_rest and not compiled:
         costs["fft", 0] = _torch_transforms_cost(rows, steps, order, training=training)
     own = _CHUNKED[training]
     for size in CHUNKS[2:]:
@@ -114,18 +114,22 @@ class _Transforms(NamedTuple):
     large: float
 
 
-# Without and with a backward pass.
+# All states of a memory, without and with a backward pass; and what a recurrent cell hears of one, with it.
 _COMPILED_FFT = (
-    _Transforms(222e3, 0.065, 1.0, 0.31, 0.4, 0.66, 3.7),
-    _Transforms(686e3, 0.091, 4.25, 0.86, 1.0, 1.15, 6.1),
+    _Transforms(433e3, 0.103, 0.12, 0.0, 0.0, 0.37, 2.0),
+    _Transforms(751e3, 0.125, 1.19, 0.0, 0.0, 0.89, 1.5),
 )
+_CONVOLVED = _Transforms(1.92e6, 0.091, 4.28, 0.86, 1.02, 1.15, 0.0)
+# Steps from which they are worth it: of fewer, the sum over lags is as short.
+_TRANSFORMED = 32
 _LANES = 8
 
 
 def _transforms_cost(own: _Transforms, rows: int, steps: int, columns: int, signals: int = 1) -> float:
     """What :func:`causal_convolution` takes, compiled: for rows of some signals each, and the columns of their kernel."""
     size, groups = transform_size(2 * steps - 1), -(-columns // _LANES)
-    stages, points = math.log2(size), size * groups * _LANES / min(groups, torch.get_num_threads())
+    # Measured on two cores, as all others; what has fewer groups of columns than there are threads leaves some of these idle.
+    stages, points = math.log2(size), size * max(groups, torch.get_num_threads()) * _LANES / 2
     each = own.stage * stages + own.point + own.far * max(stages - 12, 0) + own.signal * (signals - 1)
     numbers = max(rows * steps * columns - _LARGE, 0)
     return own.call + points * ((rows + rows % 2) * each + own.kernel * stages * signals) + own.large * numbers
@@ -243,7 +247,7 @@ def uncoupled_costs(sizes: Recurrence, *, compiled: bool, at_rest: bool = False)
             costs["written", size] = 1.71e6 + 83.7e3 * chunks + 755 * steps + work
     if compiled and at_rest:
         kernel = steps * dims * gates * (0.068 * order + 8)
-        transforms = _transforms_cost(_COMPILED_FFT[True]._replace(call=1.92e6, large=0.0), batch, steps, gates, dims)
+        transforms = _transforms_cost(_CONVOLVED, batch, steps, gates, dims)
         costs["convolved", 0] = transforms + kernel + 109 * steps + 0.09 * rows * recurrent + 0.033 * reading
     return costs
 
