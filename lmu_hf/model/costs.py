@@ -69,7 +69,7 @@ def memory_costs(
         parallel = min(rows, torch.get_num_threads())
         each = rows * steps / parallel * (own.part + own.product * order * lanes)
         costs["scan", 0] = own.call + each + own.large * max(numbers - _LARGE, 0)
-    if at_rest and compiled and steps >= _TRANSFORMED:
+    if at_rest and compiled and (steps >= _TRANSFORMED or rows < MANY_ROWS):
         costs["fft", 0] = systems * _transforms_cost(_COMPILED_FFT[training], rows // systems, steps, order)
     elif at_rest and not compiled:
         costs["fft", 0] = _torch_transforms_cost(rows, steps, order, training=training)
@@ -120,7 +120,7 @@ _COMPILED_FFT = (
     _Transforms(751e3, 0.125, 1.19, 0.0, 0.0, 0.89, 1.5),
 )
 _CONVOLVED = _Transforms(1.92e6, 0.091, 4.28, 0.86, 1.02, 1.15, 0.0)
-# Steps from which they are worth it: of fewer, the sum over lags is as short.
+# Steps from which they are worth it for many rows: of fewer, one product does it all.
 _TRANSFORMED = 32
 _LANES = 8
 
