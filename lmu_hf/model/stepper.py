@@ -1,18 +1,18 @@
 """One layer, one time step after the other, as fast as it goes: for control loops and audio, where every sample is awaited.
 
-What :class:`LMUCell` looks up, joins and checks in every step is done once here. A step is then three thin products,
+What :class:`LMUCell` looks up, joins and checks in every step is done once here. A step is then a few thin products,
 
     u = [x, h, m] E        m' = m A^T + u B^T        gates = [m', x, h] K
 
-and the hidden cell's pointwise part: a handful of calls in Python, or a single one where the operators of :mod:`lmu_hf.native`
-are there. Nothing is differentiable.
+and the hidden cell's pointwise part: a handful of calls in Python, where the first and the last are one product, or a single call
+where the operators of :mod:`lmu_hf.native` are there, which read a long A in its HODLR form. Nothing is differentiable.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .cells import ACTIVATIONS
 from .compiled import available, panels
 from .folding import encoder_matrix
 from .gates import GATES, SIMPLE, UNBOUNDED, GateWeights, Pointwise, gate_weights
+from .hodlr import hodlr
 from .precision import full_float32
 from .state import LMUState, forget_
 from .weights import a_weight
@@ -28,7 +29,7 @@ from .weights import a_weight
 if TYPE_CHECKING:
     from .lmu_cell import LMUCell
 
-# Multiply-adds that take as long as the calls that one product spares.
+# Multiply-adds that take as long as the calls that a product for all dimensions at once spares.
 _CALLS = 60_000
 
 
@@ -122,7 +123,9 @@ class LMUStepper:
         elif bias is None:
             bias = weight.new_zeros(weight.shape[1])
         cell = self.cell
-        matrices = (u_bias, panels(A.mT), panels(B[:, None]), panels(weight), bias)
+        form = hodlr(cell.system().Ad.detach().mT, A.dtype)
+        of_memory = (A.mT, None, []) if form is None else (form.outward, panels(form.inward), form.ranks)
+        matrices = (u_bias, panels(of_memory[0]), *of_memory[1:], panels(B[:, None]), panels(weight), bias)
         encoder = (encoder.mT.contiguous(), cell.hidden_to_memory, cell.memory_to_memory, cell.encoder_act)
         sizes = (cell.input_size, cell.output_size)
         stream = torch.classes.lmu_hf.Stream(kind, list(self._state), *encoder, *matrices, *sizes)
@@ -142,101 +145,155 @@ class LMUStepper:
         return run
 
     def _python(self, kind: str, *prepared: Any) -> Callable[[Tensor], Tensor]:
-        """Calls into torch cost more than their arithmetic here, so states and sample lie side by side in one row [m, x, h]."""
+        """Calls into torch cost more than their arithmetic here, so what a product reads lies side by side."""
         cell, like = self.cell, self._like
-        size = cell.state_sizes[0] if kind != "none" else 0
-        flat, inputs = cell.memory_d * cell.order, cell.input_size
-        row = like.new_zeros(len(like), flat + inputs + size)
-        memory, sample, output = row.tensor_split([flat, flat + inputs], dim=1)
-        self._state = (memory.view(-1, cell.memory_d, cell.order), *self._state[1:])
-        if size:
-            self._state = (self._state[0], output, *self._state[2:])
-        # An infinite hidden state, which only unbounded cells have, must not meet the zeros of a product that makes the memory.
-        advance = self._advance(row, *prepared, merges=cell.hidden_to_memory or kind not in UNBOUNDED)
-        pointwise, hidden, device = Pointwise(kind), self._state[1:], like.device.type
+        weight = prepared[4]
+        size, width = (0, 0) if weight is None else (cell.state_sizes[0], weight.shape[1])
+        rows = [_Row.allocate(like, width, cell.memory_d, cell.order, size) for _ in range(2)]
+        flat = cell.memory_d * cell.order
+        # An infinite hidden state, which only unbounded cells have, must not meet the zeros of a product that makes u.
+        meets = cell.hidden_to_memory or kind not in UNBOUNDED
+        if meets and cell.encoder_act == "linear" and flat * (flat - cell.order) <= _CALLS:
+            advance = self._two_products(*prepared)
+        else:
+            rows[1] = rows[0]
+            advance = self._part_by_part(rows[0], *prepared)
+        further = self._state[2:]
+        shape = (-1, cell.memory_d, cell.order)
+        states = [(row.memory.view(shape), *((row.hidden,) if size else ()), *further) for row in rows]
+        self._state = states[0]
+        pointwise, device = Pointwise(kind), like.device.type
 
         def run(x: Tensor) -> Tensor:
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
                     return run(x)
-            sample.copy_(x.detach() if x.requires_grad else x)
-            gates = advance()
-            if gates is None:
-                return row.clone() if cell.input_to_hidden else memory.clone()
+            now, after = rows
+            now.sample.copy_(x.detach() if x.requires_grad else x)
+            with full_float32(like):
+                advance(now, after)
+            # What came after is now, from here on.
+            rows.reverse()
+            states.reverse()
+            self._state = states[0]
+            if not size:
+                return torch.cat([after.memory, now.sample], dim=1) if cell.input_to_hidden else after.memory.clone()
             if kind in SIMPLE:
-                GATES[kind].activation(gates, output)
-                return output.clone()
-            kept = pointwise.allocate(hidden, 1)
-            pointwise.gates(hidden, kept).step(0, gates)
-            for own, new in zip(hidden, kept, strict=False):
+                GATES[kind].activation(now.gates, after.hidden)
+                return after.hidden.clone()
+            before = (now.hidden, *further)
+            kept = pointwise.allocate(before, 1)
+            pointwise.gates(before, kept).step(0, now.gates)
+            for own, new in zip((after.hidden, *further), kept, strict=False):
                 own.copy_(new[:, 0])
             return kept[0][:, 0]
 
         return run
 
-    def _advance(
+    def _two_products(
+        self, encoder: Tensor, u_bias: Tensor | None, A: Tensor, B: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Callable[[_Row, _Row], Any]:
+        """[m, x, h] -> the gates of the memory to come, and u; then [u, m] -> m', for the second row."""
+        cell, like = self.cell, self._like
+        dims, order = cell.memory_d, cell.order
+        flat, others = dims * order, cell.input_size + (0 if weight is None else cell.state_sizes[0])
+        of_u, read = self._encoder_of_rows(encoder)
+        matrix = like.new_zeros(flat + others, dims)
+        matrix[read] = of_u
+        constant = like.new_zeros(dims) if u_bias is None else u_bias
+        to_memory = torch.block_diag(*B.expand(dims, order)[:, None])
+        ahead = torch.block_diag(*A.mT.expand(dims, order, order))
+        if weight is not None:
+            # m' K, of all that m' is made of
+            of_memory, direct = weight.tensor_split([flat])
+            gates = matrix @ (to_memory @ of_memory) + torch.cat([ahead @ of_memory, direct])
+            through = constant @ to_memory @ of_memory
+            matrix = torch.cat([gates, matrix], dim=1)
+            constant = torch.cat([through if bias is None else through + bias, constant])
+        to_sums, to_next = _affine(like, matrix, constant), _affine(like, torch.cat([to_memory, ahead]))
+
+        def advance(now: _Row, after: _Row) -> None:
+            to_sums(now.known_, now.sums_)
+            to_next(now.driven_, after.memory_)
+
+        return advance
+
+    def _part_by_part(
         self,
-        row: Tensor,
+        row: _Row,
         encoder: Tensor,
         u_bias: Tensor | None,
         A: Tensor,
         B: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        *,
-        merges: bool,
-    ) -> Callable[[], Tensor | None]:
-        """A function that puts the next memory into a row [m, x, h] and returns the gates (batch_size, G), if there are any."""
+    ) -> Callable[[_Row, _Row], Any]:
+        """u, m' and the gates one after the other, always in the same row."""
+        cell, A, B, memory = self.cell, A.mT, B[:, None], row.memory
+        dims, order = cell.memory_d, cell.order
+        encoder, read = self._encoder_of_rows(encoder)
+        of_row = row.known[:, read]
+        activate = ACTIVATIONS[cell.encoder_act]
+        to_gates = None if weight is None else _affine(self._like, weight, bias)
+
+        def advance(row: _Row, same: _Row) -> None:
+            u = activate(torch.mm(of_row, encoder) if u_bias is None else torch.addmm(u_bias, of_row, encoder))
+            if len(A) == 1:
+                memory.copy_(torch.addmm(u.view(-1, 1) * B[0], memory.reshape(-1, order), A[0]).view_as(memory))
+            else:
+                by_dimension = memory.view(-1, dims, order).transpose(0, 1)
+                memory.copy_(torch.baddbmm(u.mT[..., None] * B, by_dimension, A).transpose(0, 1).flatten(1))
+            if to_gates is not None:
+                to_gates(row.known_, row.gates_)
+
+        return advance
+
+    def _encoder_of_rows(self, encoder: Tensor) -> tuple[Tensor, slice]:
+        """E for the part of [m, x, h] that it reads, and which part that is."""
         cell = self.cell
-        dims, order, inputs = cell.memory_d, cell.order, cell.input_size
-        flat, A = dims * order, A.mT
-        # E in the order of the row, and the part of the row that it reads.
-        of_input, of_hidden, of_memory = encoder.tensor_split([inputs, cell.encoder_size])
-        encoder = torch.cat([of_memory, of_input, of_hidden])
-        end = flat + inputs + len(of_hidden)
-        read = slice(end - len(encoder), end)
-        memory = row[:, :flat]
-        activate = None if cell.encoder_act == "linear" else ACTIVATIONS[cell.encoder_act]
-        if merges and activate is None and row.shape[1] <= order + _CALLS // flat:
-            # One product in place of four: [m, x, h] -> m' and the gates that it makes.
-            to_memory = torch.block_diag(*B.expand(dims, order)[:, None])
-            matrix = row.new_zeros(row.shape[1], flat)
-            matrix[read] = encoder @ to_memory
-            matrix[:flat] += torch.block_diag(*A.expand(dims, order, order))
-            constant = row.new_zeros(flat) if u_bias is None else u_bias @ to_memory
-            if weight is not None:
-                of_memory, others = weight.tensor_split([flat])
-                others = torch.cat([torch.zeros_like(of_memory), others])
-                matrix = torch.cat([matrix, matrix @ of_memory + others], dim=1)
-                through = constant @ of_memory
-                constant = torch.cat([constant, through if bias is None else through + bias])
-            sums = row.new_empty(len(row), matrix.shape[1])
-            after, gates = sums.tensor_split([flat], dim=1)
+        of_input, of_hidden, of_memory = encoder.tensor_split([cell.input_size, cell.encoder_size])
+        end = cell.memory_d * cell.order + cell.input_size + len(of_hidden)
+        return torch.cat([of_memory, of_input, of_hidden]), slice(end - len(encoder), end)
 
-            def at_once() -> Tensor | None:
-                with full_float32(row):
-                    torch.addmm(constant, row, matrix, out=sums)
-                memory.copy_(after)
-                return None if weight is None else gates
 
-            return at_once
-        B, of_row = B[:, None], row[:, read]
+class _Row(NamedTuple):
+    """What the Python loop reads and writes in a step, parts of one tensor [gates, u, m, x, h] (B, G + D + D * N + inputs + H).
 
-        def one_by_one() -> Tensor | None:
-            with full_float32(row):
-                u = torch.mm(of_row, encoder) if u_bias is None else torch.addmm(u_bias, of_row, encoder)
-                if activate is not None:
-                    u = activate(u)
-                if len(A) == 1:
-                    memory.copy_(torch.addmm(u.view(-1, 1) * B[0], memory.reshape(-1, order), A[0]).view(-1, flat))
-                else:
-                    by_dimension = memory.view(-1, dims, order).transpose(0, 1)
-                    memory.copy_(torch.baddbmm(u.mT[..., None] * B, by_dimension, A).transpose(0, 1).flatten(1))
-            if weight is None:
-                return None
-            return torch.mm(row, weight) if bias is None else torch.addmm(bias, row, weight)
+    Those with an underscore are for :func:`_affine`: without the dimension B where that is 1.
+    """
 
-        return one_by_one
+    gates: Tensor
+    memory: Tensor
+    sample: Tensor
+    hidden: Tensor
+    known: Tensor  # [m, x, h]
+    known_: Tensor
+    gates_: Tensor
+    sums_: Tensor  # [gates, u]
+    driven_: Tensor  # [u, m]
+    memory_: Tensor
+
+    @classmethod
+    def allocate(cls, like: Tensor, width: int, dims: int, order: int, size: int) -> _Row:
+        flat, inputs = dims * order, like.shape[1]
+        row = like.new_zeros(len(like), width + dims + flat + inputs + size)
+        gates, _, memory, sample, hidden = row.split([width, dims, flat, inputs, size], dim=1)
+        sums, known = row.tensor_split([width + dims], dim=1)
+        parts = known, gates, sums, row[:, width : width + dims + flat], memory
+        return cls(gates, memory, sample, hidden, known, *(parts if len(like) > 1 else (part[0] for part in parts)))
+
+
+def _affine(like: Tensor, matrix: Tensor, constant: Tensor | None = None) -> Callable[[Tensor, Tensor], Any]:
+    """A function of x (B, K) and out (B, W), or (K,) and (W,) for one stream, that writes x @ matrix + constant to out."""
+    if len(like) > 1:
+        if constant is None:
+            return lambda x, out: torch.mm(x, matrix, out=out)
+        return lambda x, out: torch.addmm(constant, x, matrix, out=out)
+    # A matrix times a vector is read faster than a row times a matrix, and faster along its rows; its sums are rounded less, too.
+    columns = matrix.mT.contiguous()
+    if constant is None:
+        return lambda x, out: torch.mv(columns, x, out=out)
+    return lambda x, out: torch.addmv(constant, columns, x, out=out)
 
 
 def check_streams(batch_size: int) -> int:

@@ -3,33 +3,56 @@
 
 #include <ATen/ops/empty.h>
 
+#include <memory_resource>
+
 #include "loop.h"
 
 namespace {
 
-// to (rows * D, width) += from (rows * D, inner) @ the matrix of the system of each memory dimension
+// to (rows * D, ..) += from (rows * D, ..) @ the matrix of the system of each memory dimension, by `product`, which takes the
+// system, a number of rows, and both.
+template <typename T, typename Product>
+void by_system(
+    int64_t systems, int64_t rows, int64_t dims, const T* from, int64_t from_stride, T* to, int64_t to_stride,
+    const Product& product) {
+  if (systems == 1) return product(0, rows * dims, from, from_stride, to, to_stride);
+  for (int64_t d = 0; d < dims; ++d)
+    product(d, rows, from + d * from_stride, dims * from_stride, to + d * to_stride, dims * to_stride);
+}
+
+// The same with a stack of matrices in panels: to (rows * D, width) += from (rows * D, inner) @ stack
 template <typename T>
 void by_system(
     int64_t rows, int64_t dims, int64_t width, int64_t inner, const T* from, int64_t from_stride, const at::Tensor& stack, T* to,
     int64_t to_stride) {
-  if (stack.size(0) == 1)
-    return product<T>(rows * dims, width, inner, from, from_stride, Panels<T>::of(stack, 0), to, to_stride);
-  for (int64_t d = 0; d < dims; ++d)
-    product<T>(
-        rows, width, inner, from + d * from_stride, dims * from_stride, Panels<T>::of(stack, d), to + d * to_stride,
-        dims * to_stride);
+  by_system<T>(
+      stack.size(0), rows, dims, from, from_stride, to, to_stride,
+      [&](int64_t system, int64_t count, const T* a, int64_t a_stride, T* c, int64_t c_stride) {
+        product<T>(count, width, inner, a, a_stride, Panels<T>::of(stack, system), c, c_stride);
+      });
 }
 
-// memory (rows * D, N) = memory @ power + inputs (rows * D, count) @ response
+// memory (rows * D, N) = inputs (rows * D, count) @ response + what `multiply` adds to a matrix (rows * D, stride): memory @ a power
+// of the transposed A.
+template <typename T, typename Multiply>
+void advance_by(
+    int64_t rows, int64_t dims, int64_t order, int64_t count, const T* inputs, const at::Tensor& response, T* memory,
+    std::pmr::memory_resource* pool, const Multiply& multiply) {
+  const int64_t stride = padded(order);
+  std::pmr::vector<T> next(rows * dims * stride, pool);
+  by_system<T>(rows, dims, order, count, inputs, count, response, next.data(), stride);
+  multiply(next.data(), stride);
+  for (int64_t row = 0; row < rows * dims; ++row) std::memcpy(memory + row * order, &next[row * stride], order * sizeof(T));
+}
+
 template <typename T>
 void advance(
     int64_t rows, int64_t dims, int64_t order, int64_t count, const T* inputs, const at::Tensor& power,
     const at::Tensor& response, T* memory) {
-  const int64_t stride = padded(order);
-  std::vector<T> next(rows * dims * stride);
-  by_system<T>(rows, dims, order, count, inputs, count, response, next.data(), stride);
-  by_system<T>(rows, dims, order, order, memory, order, power, next.data(), stride);
-  for (int64_t row = 0; row < rows * dims; ++row) std::memcpy(memory + row * order, &next[row * stride], order * sizeof(T));
+  const auto multiply = [&](T* next, int64_t stride) {
+    by_system<T>(rows, dims, order, order, memory, order, power, next, stride);
+  };
+  advance_by<T>(rows, dims, order, count, inputs, response, memory, std::pmr::get_default_resource(), multiply);
 }
 
 // A part of a (B, L, F) tensor as a matrix (B, length * F).

@@ -57,19 +57,30 @@ __attribute__((noinline)) void block(
     int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t panel, T* c, int64_t c_stride) {
   using Vec = typename Vector<T>::type;
   constexpr int64_t lanes = BYTES / sizeof(T);
+  // Few sums would each wait for their last addition, so they are then taken in several parts.
+  constexpr int parts = R * V <= 2 ? 4 : R * V <= 4 ? 2 : 1;
   for (int64_t first = 0; first < inner; first += TERMS) {
-    Vec sum[R][V] = {};
-    for (int64_t k = first; k < std::min(first + TERMS, inner); ++k) {
+    Vec sum[parts][R][V] = {};
+    const auto add = [&](int64_t k, int part) __attribute__((always_inline)) {
       Vec row[V];
       for (int v = 0; v < V; ++v)
         row[v] = *reinterpret_cast<const Vec*>(b + k * PANEL + v * lanes / PANEL * panel + v * lanes % PANEL);
       for (int r = 0; r < R; ++r) {
         const T factor = a[r * a_stride + k];
-        for (int v = 0; v < V; ++v) sum[r][v] += factor * row[v];
+        for (int v = 0; v < V; ++v) sum[part][r][v] += factor * row[v];
       }
-    }
+    };
+    const int64_t last = std::min(first + TERMS, inner);
+    int64_t k = first;
+    for (; k + parts <= last; k += parts)
+      for (int part = 0; part < parts; ++part) add(k + part, part);
+    for (; k < last; ++k) add(k, 0);
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) *reinterpret_cast<Vec*>(c + r * c_stride + v * lanes) += sum[r][v];
+      for (int v = 0; v < V; ++v) {
+        Vec total = sum[0][r][v];
+        for (int part = 1; part < parts; ++part) total += sum[part][r][v];
+        *reinterpret_cast<Vec*>(c + r * c_stride + v * lanes) += total;
+      }
   }
 }
 
@@ -78,14 +89,14 @@ template <typename T, int R, int V>
 void columns(
     int64_t done, int64_t width, int64_t inner, const T* a, int64_t a_stride, const Panels<T>& b, T* c, int64_t c_stride) {
   constexpr int64_t lanes = BYTES / sizeof(T), span = V * lanes;
-  for (; done + span <= width; done += span)
-    block<T, R, V>(inner, a, a_stride, b.column(done), b.stride, c + done, c_stride);
-  if constexpr (V > 1) {
-    if (done < width) columns<T, R, V / 2>(done, width, inner, a, a_stride, b, c, c_stride);
-  } else if (done < width) {
-    // Reads and writes up to a vector past the width; every buffer here has room for that.
-    block<T, R, 1>(inner, a, a_stride, b.column(done), b.stride, c + done, c_stride);
-  }
+  const auto take = [&] { block<T, R, V>(inner, a, a_stride, b.column(done), b.stride, c + done, c_stride); };
+  for (; done + span <= width; done += span) take();
+  if (done == width) return;
+  // What is left may reach past the width, up to a vector and to the end of its panel: the panel's columns there are zeros, and
+  // every buffer here has room. One row waits for its sums rather than for such columns.
+  const int64_t left = width - done;
+  if (V == 1 || (R == 1 && left > V / 2 * lanes && span <= (left + PANEL - 1) / PANEL * PANEL)) return take();
+  if constexpr (V > 1) columns<T, R, V / 2>(done, width, inner, a, a_stride, b, c, c_stride);
 }
 
 // c (rows, width) += a (rows, inner) @ b (inner, width)

@@ -3,7 +3,11 @@
 
 #include <torch/custom_class.h>
 
+#include <cstddef>
+#include <memory_resource>
+
 #include "feedback.h"
+#include "hodlr.h"
 
 namespace {
 
@@ -20,17 +24,19 @@ struct None {
 // and of the dtype of the states, which is for the caller to see to.
 struct Stream : torch::CustomClassHolder {
   // states: m (B, D, N) and the hidden ones, contiguous; all are updated. Of the encoder come the columns (D, ...), which read
-  // [x, h, m], h and m only where they are fed back; the other matrices in panels, A transposed, B (S, panels, 1, PANEL). The rows
-  // of the weight are those of [m, x, h].
+  // [x, h, m], h and m only where they are fed back; the other matrices in panels, A transposed, which with `inward` is the
+  // outward part of its HODLR form with these ranks, and B (S, panels, 1, PANEL). The rows of the weight are those of [m, x, h].
   Stream(
       std::string kind, std::vector<at::Tensor> states, at::Tensor encoder, bool from_hidden, bool from_memory,
-      std::string activation, std::optional<at::Tensor> u_bias, at::Tensor A, at::Tensor B, at::Tensor weight,
-      std::optional<at::Tensor> bias, int64_t inputs, int64_t outputs)
+      std::string activation, std::optional<at::Tensor> u_bias, at::Tensor A, std::optional<at::Tensor> inward,
+      std::vector<int64_t> ranks, at::Tensor B, at::Tensor weight, std::optional<at::Tensor> bias, int64_t inputs,
+      int64_t outputs)
       : kind(std::move(kind)),
         activation(std::move(activation)),
         states(std::move(states)),
         encoder(std::move(encoder)),
         A(std::move(A)),
+        hodlr(inward ? std::make_optional<Hodlr>(*inward, this->A, std::move(ranks)) : std::nullopt),
         B(std::move(B)),
         weight(std::move(weight)),
         u_bias(std::move(u_bias)),
@@ -43,8 +49,8 @@ struct Stream : torch::CustomClassHolder {
     with_type(this->states[0], [](auto) {});
     if (this->kind != "none") with_cell(this->kind, [](auto) {});
     with_activation(this->activation, [](auto) {});
-    for (const at::Tensor& matrix : {this->A, this->B})
-      TORCH_CHECK(matrix.is_contiguous() && matrix.size(3) == PANEL, "expected panels");
+    for (const at::Tensor& matrix : {this->A, inward.value_or(this->A), this->B})
+      TORCH_CHECK(matrix.is_contiguous() && matrix.size(-1) == PANEL, "expected panels");
     for (const at::Tensor& state : this->states) TORCH_CHECK(state.is_contiguous(), "expected contiguous states");
     TORCH_CHECK(this->encoder.is_contiguous(), "expected a contiguous encoder");
   }
@@ -57,7 +63,9 @@ struct Stream : torch::CustomClassHolder {
  private:
   const std::string kind, activation;
   const std::vector<at::Tensor> states;
-  const at::Tensor encoder, A, B, weight;
+  const at::Tensor encoder, A;
+  const std::optional<Hodlr> hodlr;
+  const at::Tensor B, weight;
   const std::optional<at::Tensor> u_bias, bias;
   const bool from_hidden, from_memory;
   const int64_t inputs, outputs;
@@ -97,8 +105,11 @@ struct Stream : torch::CustomClassHolder {
     T* memory = states[0].data_ptr<T>() + begin * flat;
     const T* hidden = Cell::states ? states[1].data_ptr<T>() + begin * size : nullptr;
 
+    // Small buffers lie on the stack: asking for memory takes as long as a thin product.
+    std::byte room[16384];
+    std::pmr::monotonic_buffer_resource pool(room, sizeof room);
     const int64_t u_stride = padded(dims);
-    std::vector<T> u(rows * u_stride), inputs_of(rows * dims);
+    std::pmr::vector<T> u(rows * u_stride, &pool), inputs_of(rows * dims, &pool);
     if (u_bias)
       for (int64_t r = 0; r < rows; ++r) std::memcpy(&u[r * u_stride], u_bias->data_ptr<T>(), dims * sizeof(T));
     const int64_t after_hidden = inputs + (from_hidden ? size : 0);
@@ -109,7 +120,14 @@ struct Stream : torch::CustomClassHolder {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t d = 0; d < dims; ++d) inputs_of[r * dims + d] = function.value(u[r * u_stride + d]);
     });
-    advance<T>(rows, dims, order, 1, inputs_of.data(), A, B, memory);
+    advance_by<T>(rows, dims, order, 1, inputs_of.data(), B, memory, &pool, [&](T* next, int64_t stride) {
+      if (!hodlr) return by_system<T>(rows, dims, order, order, memory, order, A, next, stride);
+      by_system<T>(
+          A.size(0), rows, dims, memory, order, next, stride,
+          [&](int64_t system, int64_t count, const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+            hodlr->product<T>(system, count, order, from, from_stride, to, to_stride, &pool);
+          });
+    });
 
     T* result = output + begin * outputs;
     if constexpr (Cell::states == 0) {
@@ -119,7 +137,8 @@ struct Stream : torch::CustomClassHolder {
       }
     } else {
       const int64_t width = bias->size(0), g_stride = padded(width);
-      std::vector<T> gates(rows * g_stride), kept(3 * 4 * size);
+      constexpr int numbers = Cell::states + 4 * (Cell::kept - Cell::states);  // of H, that a step keeps: states, and gates
+      std::pmr::vector<T> gates(rows * g_stride, &pool), kept(numbers * size, &pool);
       for (int64_t r = 0; r < rows; ++r) std::memcpy(&gates[r * g_stride], bias->data_ptr<T>(), width * sizeof(T));
       const Panels<T> w(weight);
       product<T>(rows, width, flat, memory, flat, w, gates.data(), g_stride);
@@ -127,8 +146,8 @@ struct Stream : torch::CustomClassHolder {
       product<T>(rows, width, size, hidden, size, w.from_row(flat + inputs), gates.data(), g_stride);
       for (int64_t r = 0; r < rows; ++r) {
         const T* before[3] = {};
-        T* now[3];
-        for (int i = 0; i < 3; ++i) now[i] = &kept[i * 4 * size];
+        T* now[3] = {};
+        for (int i = 0; i < Cell::kept; ++i) now[i] = kept.data() + i * size;  // the gates come last
         for (int i = 0; i < Cell::states; ++i) before[i] = states[1 + i].data_ptr<T>() + (begin + r) * size;
         Cell::template step<T>(size, &gates[r * g_stride], before, now);
         for (int i = 0; i < Cell::states; ++i)

@@ -5,9 +5,12 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lmu_hf import LMU
+from lmu_hf.model.hodlr import hodlr
+from lmu_hf.model.legendre import delay_system, smallest_stable_theta
 
 LAYERS = {
     "rnn": ((3, 2, 5, 9.0, "rnn", 4), {}),
@@ -168,3 +171,68 @@ def test_float32_of_many_numbers(loop):
     output = run(layer.stepper(3), x)
     exact = run(layer.double().stepper(3), x.double())
     assert (output - exact).abs().max() < 1e-4
+
+
+# Orders of whole and of broken leaves, and a system per dimension whose ranks differ.
+HODLR = [(256, 784.0), (200, 500.0), (150, 2000.0), (301, (300.0, 3000.0))]
+
+
+@pytest.mark.parametrize(("order", "theta"), HODLR)
+@pytest.mark.parametrize("discretizer", ["zoh", "euler"])
+def test_hodlr_is_as_exact_as_rounding(order, theta, discretizer):
+    if discretizer == "euler":
+        theta = 2.0 * smallest_stable_theta(order)
+    matrices = delay_system(order, theta, discretizer).Ad
+    form = hodlr(matrices, torch.float32)
+    assert form is not None
+    assert 2 * (form.inward.numel() + form.outward.numel()) < matrices.numel()
+    x = torch.randn(50, order, dtype=torch.float64)
+    exact, rounded = x @ matrices, x @ matrices.float().double()
+    error = (naive_hodlr_product(x, form) - exact).norm()
+    assert error < 2 * (rounded - exact).norm()
+    # Rounding of float64 fills the blocks: nothing would be saved.
+    assert hodlr(matrices, torch.float64) is None or discretizer == "euler"
+
+
+def naive_hodlr_product(x, form):
+    """x (rows, N) times each of the matrices (S, N, N)."""
+    leaves, leaf = form.inward.shape[1:3]
+    parts = F.pad(x, (0, leaves * leaf - x.shape[1])).double().unflatten(1, (leaves, leaf))
+    sent = torch.einsum("bpl,splr->sbpr", parts, form.inward.double())
+    arrived, halves = [], 2
+    for part in sent.split(form.ranks, dim=3):
+        sums = part.unflatten(2, (halves, -1)).sum(3)
+        arrived.append(sums[:, :, torch.arange(halves) ^ 1].repeat_interleave(leaves // halves, dim=2))
+        halves *= 2
+    read = torch.cat([parts.expand(len(sent), -1, -1, -1), *arrived], dim=3)
+    return torch.einsum("sbpk,spkl->sbpl", read, form.outward.double()).flatten(2)[:, :, : x.shape[1]]
+
+
+def test_matrices_that_have_no_hodlr_form():
+    assert hodlr(torch.randn(1, 200, 200), torch.float32) is None
+    assert hodlr(delay_system(128, 784.0).Ad, torch.float32) is None
+    form = hodlr(torch.eye(150).expand(1, 150, 150), torch.float32)
+    assert form.ranks == [0, 0]
+    x = torch.randn(4, 150, dtype=torch.float64)
+    assert naive_hodlr_product(x, form)[0].equal(x)
+
+
+@pytest.mark.parametrize(("order", "theta"), HODLR)
+@pytest.mark.parametrize("batch", [1, 9])
+def test_long_memories_in_float32(order, theta, batch, loop):
+    """No further from float64 than the plain loop over steps in float32 is. Without feedback, which would magnify chance."""
+    dims = 2 if isinstance(theta, tuple) else 1
+    layer = LMU(2, dims, order, theta, "rnn", 5)
+    x = torch.randn(200, batch, 2)
+    found = layer.stepper(batch)
+    output = run(found, x).double()
+    plain, state = [], None
+    with torch.no_grad():
+        for part in x:
+            step, state = layer.cell(part, state)
+            plain.append(step)
+        exact = layer.double().stepper(batch)
+        expected = run(exact, x.double())
+        memory = exact.state.memory
+    assert (output - expected).norm() < 2 * (torch.stack(plain).double() - expected).norm()
+    assert (found.state.memory.double() - memory).norm() < 2 * (state.memory.double() - memory).norm()
