@@ -23,6 +23,7 @@ from .precision import exact_matmul
 
 if TYPE_CHECKING:
     from .lmu_cell import LMUCell
+    from .state import Dropout
 
 
 # Numbers of a stack of powers that is kept: 16 MiB in float32.
@@ -198,6 +199,30 @@ def input_operators(memory_weight: Tensor, system: DelaySystem, memory_d: int, c
     if not stacked:
         fold = applied_powers(one_step_on(weight, system)[0], system, chunk)
     return fold.reshape(len(memory_weight), -1), from_u.transpose(0, 1).reshape(chunk * memory_d, -1)
+
+
+def encodes_last(cell: LMUCell, system: DelaySystem) -> bool:
+    """Whether the last state is better encoded than the inputs: a linear encoder of few inputs, the same in all dimensions."""
+    inputs = cell.input_size + (cell.bias is not None)
+    linear = cell.encoder_act == "linear" and not cell.coupled and cell.kernel is not None
+    return linear and system.scales == 1 and inputs <= cell.memory_d and not torch.compiler.is_compiling()
+
+
+def encoded_last(cell: LMUCell, x: Tensor, system: DelaySystem, lengths: Tensor | None, dropout: Dropout) -> Tensor:
+    """The last state (B, D, N) of a memory that begins empty, where :func:`encodes_last`: the memory of x, encoded.
+
+    Equals the memory of the encoded x, since both are linear. The gradient of the encoder needs no pass through time then.
+    """
+    if dropout.encoder is not None:
+        x = x * dropout.encoder[:, None]
+    if cell.bias is not None:
+        x = F.pad(x, (0, 1), value=1.0)
+    memory = linear_memory(x, system, None, lengths, return_sequence=False, algorithm="final")[1]
+    with torch.autocast(x.device.type, enabled=False):
+        assert cell.kernel is not None
+        encoder = cell.kernel if cell.bias is None else torch.cat([cell.kernel, cell.bias[None]])
+        encoder = encoder.to(memory.dtype)
+        return memory * encoder[0, :, None] if len(encoder) == 1 else exact_matmul(encoder.mT, memory)
 
 
 def final_memory(u: Tensor, starts: Tensor, system: DelaySystem, steps: int, lengths: Tensor | None) -> Tensor:

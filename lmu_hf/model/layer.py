@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .cell_registry import HiddenCellSpec
 from .cells import is_recurrent
+from .folding import encoded_last, encodes_last
 from .gates import gate_weights
 from .lmu_cell import LMUCell
 from .lookahead import convolved_recurrence, gated_scan, lookahead_input, lookahead_recurrence, uncoupled_recurrence
@@ -334,10 +335,11 @@ class LMU(nn.Module):
             assert weights is not None
             wanted = {**sequence, "return_state": return_state}
             return lookahead_recurrence(cell, weights, x, state, lengths, system, dropout, plan.chunk, **wanted)
+        last = plan.memory == "final" and at_rest and encodes_last(cell, system)
         if cell.memory_to_memory:
             u = lookahead_input(cell, x, state.memory, system, dropout)
         else:
-            u = cell.encode(x, dropout=dropout)
+            u = x if last else cell.encode(x, dropout=dropout)
         if plan.memory == "convolved":
             assert weights is not None
             wanted = {**sequence, "return_state": return_state}
@@ -350,7 +352,12 @@ class LMU(nn.Module):
         start = None if at_rest else state.memory
         hidden_cell = cell.hidden_cell
         all_states = return_sequences or self._hidden_is_recurrent
-        memory, final_memory = linear_memory(u, system, start, lengths, return_sequence=all_states, algorithm=plan.memory)
+        if last:
+            memory, final_memory = None, encoded_last(cell, x, system, lengths, dropout)
+        else:
+            memory, final_memory = linear_memory(
+                u, system, start, lengths, return_sequence=all_states, algorithm=plan.memory
+            )
         if memory is None:
             z = cell.hidden_input(final_memory, last_valid(x, lengths))
             output, hidden = (z, ()) if hidden_cell is None else hidden_cell(z, state.hidden)

@@ -31,7 +31,7 @@ from .convolution import causal_convolution
 from .costs import MANY_ROWS, memory_algorithm, memory_chunk
 from .legendre import DelaySystem
 from .precision import exact_matmul, full_float32
-from .ragged import blank, check_lengths, last_valid, reverse, where_started
+from .ragged import blank, check_lengths, last_valid, reverse, to_end, where_started
 from .traced import digits_that_matter, traced_final, traced_states
 
 ALGORITHMS = ("naive", "chunked", "fft", "final", "scan")
@@ -379,25 +379,30 @@ def _fft(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: 
 
 
 def _final(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[None, Tensor]:
-    # Newest first: m_T = sum_k H[k] u[T-1-k], and rows that are shorter just end in zeros.
-    newest_first = fold_rows(reverse(u, lengths), system.scales)
-    run = traced_final if torch.compiler.is_compiling() else _final_of
-    final = unfold_state(run(newest_first, system), u.shape)
+    if torch.compiler.is_compiling():
+        final = traced_final(fold_rows(reverse(u, lengths), system.scales), system)
+    else:
+        # Each row's last step last: m_T = sum_k H[k] u[T-1-k], and rows that are shorter just begin with zeros.
+        final = _final_of(fold_rows(to_end(u, lengths), system.scales), system)
+    final = unfold_state(final, u.shape)
     if initial_state is not None:
         final = final + _advance(initial_state, system, u.shape[1], lengths)
     return None, final
 
 
-def _final_of(newest_first: Tensor, system: DelaySystem) -> Tensor:
-    """The last state of a memory that began empty: inputs (S, R, T), from the last step to the first -> (S, R, N)."""
-    steps, dtype, device = newest_first.shape[2], newest_first.dtype, newest_first.device
-    response = system.impulse_response(min(steps, _FINAL_SEGMENT), dtype, device)
+def _final_of(inputs: Tensor, system: DelaySystem) -> Tensor:
+    """The last state of a memory that began empty: inputs (S, R, T) -> (S, R, N)."""
+    steps, dtype, device = inputs.shape[2], inputs.dtype, inputs.device
     memory: Tensor | None = None
-    for start in reversed(range(0, steps, _FINAL_SEGMENT)):
-        segment = newest_first[..., start : start + _FINAL_SEGMENT]
-        update = exact_matmul(segment, response[:, : segment.shape[-1]])
+    first = steps % _FINAL_SEGMENT or _FINAL_SEGMENT
+    for segment in inputs.tensor_split(list(range(first, steps, _FINAL_SEGMENT)), dim=2):
+        length = segment.shape[2]
+        # Kept at the next power of two, as responses are.
+        response = system.newest_last(1 << (length - 1).bit_length(), dtype, device)[:, -length:]
+        # Squeezed where there is one scale: a stack of one product takes half as long again.
+        update = exact_matmul(segment.squeeze(0), response.squeeze(0)).view(system.scales, -1, system.order)
         if memory is not None:
-            update = update + exact_matmul(memory, system.power(segment.shape[-1], dtype, device).mT)
+            update = update + exact_matmul(memory, system.power(length, dtype, device).mT)
         memory = update
     assert memory is not None
     return memory

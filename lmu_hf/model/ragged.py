@@ -80,6 +80,14 @@ def reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
     return _take(x, torch.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps))
 
 
+def to_end(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Moves the first ``lengths`` steps of each row of (B, T, ...) behind the others. As they lie when None."""
+    if lengths is None:
+        return x
+    steps = torch.arange(x.shape[1], device=x.device)
+    return _take(x, (steps + lengths[:, None]) % x.shape[1])
+
+
 def last_valid(x: Tensor, lengths: Tensor | None) -> Tensor:
     """The last valid step of each row of (B, T, ...) -> (B, ...); zeros for a row without any.
 

@@ -500,3 +500,42 @@ def test_keys_of_the_state_dict_are_the_documented_names():
     ]
     assert list(layer.state_dict()) == [f"cell.{name}" for name in expected]
     assert isinstance(layer(torch.randn(1, 2, 3, dtype=F64))[1], LMUState)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("inputs", "dims"), [(1, 1), (1, 3), (2, 3), (3, 3)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_last_state_encoded_last(inputs, dims, bias, padded):
+    """Few inputs of a linear encoder go through time in place of many u."""
+    options = {"return_sequences": False, "return_state": True, "use_bias": bias, "trainable_theta": True}
+    layer = LMU(inputs, dims, 5, 9.0, **options).double()
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if not name.endswith("theta_inv"):
+                parameter.uniform_(-1, 1)
+    x = torch.randn(4, 23, inputs, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(4, 23) > 0.3 if padded else None
+    if padded:
+        mask[2] = False
+    weights = [x, *layer.parameters()]
+    found = []
+    for algorithm in ("naive", "final", "auto"):
+        layer.algorithm = algorithm
+        output, state = layer(x, mask=mask)
+        grads = torch.autograd.grad((output**3).sum() + state.memory.sum(), weights)
+        found.append((output, state.memory, *grads))
+    for ours in found[1:]:
+        for value, expected in zip(ours, found[0], strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+    if not padded:
+        assert torch.autograd.gradgradcheck(lambda x: layer(x)[0] ** 2, x[:, :7].detach().requires_grad_())
+
+
+def test_the_last_state_of_bfloat16_is_not_rounded_before_it_is_there():
+    layer = LMU(1, 2, 6, 50.0, return_sequences=False)
+    x = torch.randn(3, 200, 1)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
