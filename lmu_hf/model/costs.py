@@ -80,8 +80,8 @@ def memory_costs(
         if rows < MANY_ROWS:
             read, start = 1, own.start * order * (order + size)
         else:  # the state passes from chunk to chunk; a memory that began empty has all inputs so far in its place at first
-            read, start = chunks, 3 * own.number * rows * order
             begun = min(order, steps)
+            read, start = chunks, 3 * own.number * rows * order * (1 - begun / steps)
             inputs -= begun / steps * (inputs - (begun + size) / 2)
         work = numbers * (own.product * inputs + own.number) + own.operator * size * order * inputs * read
         costs["chunked", size] = own.call + chunks * (own.part + start) + work + own.large * max(numbers - _LARGE, 0)
