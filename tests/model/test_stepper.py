@@ -211,6 +211,7 @@ def naive_hodlr_product(x, form):
 def test_matrices_that_have_no_hodlr_form():
     assert hodlr(torch.randn(1, 200, 200), torch.float32) is None
     assert hodlr(delay_system(128, 784.0).Ad, torch.float32) is None
+    assert hodlr(torch.full((1, 200, 200), torch.nan), torch.float32) is None
     form = hodlr(torch.eye(150).expand(1, 150, 150), torch.float32)
     assert form.ranks == [0, 0]
     x = torch.randn(4, 150, dtype=torch.float64)
