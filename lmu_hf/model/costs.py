@@ -6,6 +6,7 @@ devices than CPUs, and in traced graphs, which serve many sizes, the choices are
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -135,6 +136,10 @@ def _transforms_cost(own: _Transforms, rows: int, steps: int, columns: int, sign
     return own.call + points * ((rows + rows % 2) * each + own.kernel * stages * signals) + own.large * numbers
 
 
+def _cheapest(costs: dict[tuple[str, int], float]) -> tuple[str, int]:
+    return min(costs, key=costs.__getitem__)
+
+
 def memory_algorithm(
     rows: int,
     steps: int,
@@ -155,17 +160,18 @@ def memory_algorithm(
         return "final", 0
     if not measured:
         return "chunked", _DEFAULT_CHUNK
-    both = [
-        memory_costs(rows, steps, order, training=way, compiled=compiled, systems=systems, at_rest=at_rest)
-        for way in (False, True)
-    ]
-    costs = both[training]
-    if any(min(own, key=own.__getitem__)[0] != "fft" for own in both):
+    own, other = (
+        partial(memory_costs, rows, steps, order, training=way, compiled=compiled, systems=systems, at_rest=at_rest)
+        for way in (training, not training)
+    )
+    costs = own()
+    transforms = ("fft", 0)
+    if _cheapest(costs) == transforms and _cheapest(other()) != transforms:
         # Transforms round otherwise than products: a model whose gradients are wanted, or not, is to round alike.
-        costs.pop(("fft", 0), None)
+        del costs[transforms]
     if steps < 4 and ("scan", 0) not in costs:
         return "naive", 0
-    return min(costs, key=costs.__getitem__)
+    return _cheapest(costs)
 
 
 def memory_chunk(rows: int, steps: int, order: int, *, training: bool, measured: bool) -> int:

@@ -19,7 +19,7 @@ _DENSE = 128
 
 
 class HODLR(NamedTuple):
-    """Stacked matrices (S, N, N) for products y = x @ matrix, in P leaves of L <= 64 rows and columns each.
+    """Stacked matrices (S, N, N) for products y = x @ matrix, in P leaves of L rows and columns each.
 
     Halves are divided in halves down to the leaves. What a leaf sends to the other half of level l is x @ ``inward``, R_l numbers
     per level; what the leaves of a half send is added up; and y of a leaf is [x of the leaf, what arrived on each level] @
@@ -34,6 +34,11 @@ class HODLR(NamedTuple):
     inward: Tensor
     outward: Tensor
     ranks: list[int]
+
+
+def dense(matrices: Tensor) -> HODLR:
+    """Matrices (S, N, N) as they are: one leaf, to which nothing is sent."""
+    return HODLR(matrices.new_empty(len(matrices), 1, matrices.shape[1], 0), matrices[:, None], [])
 
 
 def hodlr(matrices: Tensor, dtype: torch.dtype) -> HODLR | None:

@@ -31,7 +31,7 @@ from .convolution import causal_convolution
 from .costs import MANY_ROWS, memory_algorithm, memory_chunk
 from .legendre import DelaySystem
 from .precision import exact_matmul, full_float32
-from .ragged import blank, check_lengths, last_valid, reverse, to_end, where_started
+from .ragged import blank, check_lengths, last_valid, to_end, where_started
 from .traced import digits_that_matter, traced_final, traced_states
 
 ALGORITHMS = ("naive", "chunked", "fft", "final", "scan")
@@ -379,12 +379,10 @@ def _fft(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: 
 
 
 def _final(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengths: Tensor | None) -> tuple[None, Tensor]:
-    if torch.compiler.is_compiling():
-        final = traced_final(fold_rows(reverse(u, lengths), system.scales), system)
-    else:
-        # Each row's last step last: m_T = sum_k H[k] u[T-1-k], and rows that are shorter just begin with zeros.
-        final = _final_of(fold_rows(to_end(u, lengths), system.scales), system)
-    final = unfold_state(final, u.shape)
+    # Each row's last step last: m_T = sum_k H[k] u[T-1-k], and rows that are shorter just begin with zeros.
+    inputs = fold_rows(to_end(u, lengths), system.scales)
+    run = traced_final if torch.compiler.is_compiling() else _final_of
+    final = unfold_state(run(inputs, system), u.shape)
     if initial_state is not None:
         final = final + _advance(initial_state, system, u.shape[1], lengths)
     return None, final

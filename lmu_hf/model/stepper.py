@@ -21,12 +21,13 @@ from .cells import ACTIVATIONS
 from .compiled import available, panels
 from .folding import encoder_matrix
 from .gates import GATES, SIMPLE, UNBOUNDED, GateWeights, Pointwise, gate_weights
-from .hodlr import hodlr
+from .hodlr import dense, hodlr
 from .precision import full_float32
 from .state import LMUState, forget_
 from .weights import a_weight
 
 if TYPE_CHECKING:
+    from .legendre import DelaySystem
     from .lmu_cell import LMUCell
 
 # Multiply-adds that take as long as the calls that a product for all dimensions at once spares.
@@ -54,20 +55,23 @@ class LMUStepper:
         like = a_weight(cell)
         # No tensor is one of inference mode, which only inference mode could update, and none is rounded.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-            weights = gate_weights(cell.hidden_cell)
+            weights, system = gate_weights(cell.hidden_cell), cell.system()
             self._like = like.new_empty(batch_size, cell.input_size).detach()
             self._shape, self._dtype = self._like.shape, self._like.dtype
             self._state = tuple(tensor.contiguous() for tensor in cell.initial_state(self._like).tensors())
             kind = "none" if cell.hidden_cell is None else None if weights is None else weights.kind
             if kind is not None and like.dtype in (torch.float32, torch.float64):
                 # Clones: a trained weight must not reach some of them and not others.
-                prepared = (None if part is None else part.detach().clone() for part in _prepare(cell, weights, like))
-                compiled = available(self._like) and cell.encoder_act in SIMPLE
-                self.loop = "compiled" if compiled else "python"
-                self._run = (self._compiled if compiled else self._python)(kind, *prepared)
+                prepared = (
+                    None if part is None else part.detach().clone() for part in _prepare(cell, weights, system, like)
+                )
+                if available(self._like) and cell.encoder_act in SIMPLE:
+                    self.loop, self._run = "compiled", self._compiled(kind, system, *prepared)
+                else:
+                    self.loop, self._run = "python", self._python(kind, *prepared)
             else:
                 self.loop = "step by step"
-                self._run = self._step_by_step(cell)
+                self._run = self._step_by_step(cell, system)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Feeds one sample per stream, (batch_size, input_size), and returns the outputs (batch_size, output_size).
@@ -100,9 +104,7 @@ class LMUStepper:
         with torch.inference_mode():
             forget_(self._state, range(self.batch_size) if rows is None else rows)
 
-    def _step_by_step(self, cell: LMUCell) -> Callable[[Tensor], Tensor]:
-        system = cell.system()
-
+    def _step_by_step(self, cell: LMUCell, system: DelaySystem) -> Callable[[Tensor], Tensor]:
         @torch.inference_mode()
         def run(x: Tensor) -> Tensor:
             training = cell.training
@@ -116,16 +118,16 @@ class LMUStepper:
 
         return run
 
-    def _compiled(self, kind: str, *prepared: Any) -> Callable[[Tensor], Tensor]:
+    def _compiled(self, kind: str, system: DelaySystem, *prepared: Any) -> Callable[[Tensor], Tensor]:
         encoder, u_bias, A, B, weight, bias = prepared
         if weight is None:
             weight = encoder.new_empty(0, 0)
         elif bias is None:
             bias = weight.new_zeros(weight.shape[1])
         cell = self.cell
-        form = hodlr(cell.system().Ad.detach().mT, A.dtype)
-        of_memory = (A.mT, None, []) if form is None else (form.outward, panels(form.inward), form.ranks)
-        matrices = (u_bias, panels(of_memory[0]), *of_memory[1:], panels(B[:, None]), panels(weight), bias)
+        form = hodlr(system.Ad.detach().mT, A.dtype) or dense(A.mT)
+        advancing = (panels(form.inward), panels(form.outward), form.ranks, panels(B[:, None]))
+        matrices = (u_bias, *advancing, panels(weight), bias)
         encoder = (encoder.mT.contiguous(), cell.hidden_to_memory, cell.memory_to_memory, cell.encoder_act)
         sizes = (cell.input_size, cell.output_size)
         stream = torch.classes.lmu_hf.Stream(kind, list(self._state), *encoder, *matrices, *sizes)
@@ -232,14 +234,15 @@ class LMUStepper:
         cell, A, B, memory = self.cell, A.mT, B[:, None], row.memory
         dims, order = cell.memory_d, cell.order
         encoder, read = self._encoder_of_rows(encoder)
-        of_row = row.known[:, read]
-        activate = ACTIVATIONS[cell.encoder_act]
+        of_row, activate = row.known_[..., read], ACTIVATIONS[cell.encoder_act]
+        to_u = _affine(self._like, encoder, u_bias)
         to_gates = None if weight is None else _affine(self._like, weight, bias)
 
-        def advance(row: _Row, same: _Row) -> None:
-            u = activate(torch.mm(of_row, encoder) if u_bias is None else torch.addmm(u_bias, of_row, encoder))
+        def advance(*_: _Row) -> None:
+            to_u(of_row, row.u_)
+            u = activate(row.u)
             if len(A) == 1:
-                memory.copy_(torch.addmm(u.view(-1, 1) * B[0], memory.reshape(-1, order), A[0]).view_as(memory))
+                memory.copy_(torch.addmm(u.reshape(-1, 1) * B[0], memory.reshape(-1, order), A[0]).view_as(memory))
             else:
                 by_dimension = memory.view(-1, dims, order).transpose(0, 1)
                 memory.copy_(torch.baddbmm(u.mT[..., None] * B, by_dimension, A).transpose(0, 1).flatten(1))
@@ -263,24 +266,25 @@ class _Row(NamedTuple):
     """
 
     gates: Tensor
+    u: Tensor
     memory: Tensor
     sample: Tensor
     hidden: Tensor
-    known: Tensor  # [m, x, h]
-    known_: Tensor
     gates_: Tensor
+    u_: Tensor
+    memory_: Tensor
     sums_: Tensor  # [gates, u]
     driven_: Tensor  # [u, m]
-    memory_: Tensor
+    known_: Tensor  # [m, x, h]
 
     @classmethod
     def allocate(cls, like: Tensor, width: int, dims: int, order: int, size: int) -> _Row:
         flat, inputs = dims * order, like.shape[1]
         row = like.new_zeros(len(like), width + dims + flat + inputs + size)
-        gates, _, memory, sample, hidden = row.split([width, dims, flat, inputs, size], dim=1)
+        gates, u, memory, sample, hidden = row.split([width, dims, flat, inputs, size], dim=1)
         sums, known = row.tensor_split([width + dims], dim=1)
-        parts = known, gates, sums, row[:, width : width + dims + flat], memory
-        return cls(gates, memory, sample, hidden, known, *(parts if len(like) > 1 else (part[0] for part in parts)))
+        parts = gates, u, memory, sums, row[:, width : width + dims + flat], known
+        return cls(gates, u, memory, sample, hidden, *(parts if len(like) > 1 else (part[0] for part in parts)))
 
 
 def _affine(like: Tensor, matrix: Tensor, constant: Tensor | None = None) -> Callable[[Tensor, Tensor], Any]:
@@ -303,18 +307,18 @@ def check_streams(batch_size: int) -> int:
     return batch_size
 
 
-def _prepare(cell: LMUCell, weights: GateWeights | None, like: Tensor) -> tuple[Tensor | None, ...]:
+def _prepare(cell: LMUCell, weights: GateWeights | None, system: DelaySystem, like: Tensor) -> tuple[Tensor | None, ...]:
     """E (I [+ H] [+ D * N], D) and its bias, A (S, N, N), B (S, N), K (D * N + I + H, G) and its bias."""
     dims, order, inputs = cell.memory_d, cell.order, cell.input_size
     encoder = encoder_matrix(cell, like)
     if cell.recurrent_kernel is not None:
         encoder = torch.cat([encoder, cell.recurrent_kernel])
-    system = cell.system().matrices(like.dtype, like.device)
+    matrices = system.matrices(like.dtype, like.device)
     if weights is None:
-        return encoder, cell.bias, *system, None, None
+        return encoder, cell.bias, *matrices, None, None
     of_memory, of_input = weights.input_weight.tensor_split([dims * order])
     width = of_memory.shape[1]
     rows = [of_memory, of_input if cell.input_to_hidden else of_memory.new_zeros(inputs, width)]
     hidden = weights.hidden_weight
     rows.append(of_memory.new_zeros(cell.state_sizes[0], width) if hidden is None else hidden)
-    return encoder, cell.bias, *system, torch.cat(rows), weights.bias
+    return encoder, cell.bias, *matrices, torch.cat(rows), weights.bias

@@ -51,9 +51,10 @@ def traced_states(inputs: Tensor, memory: Tensor | None, system: DelaySystem) ->
     return (alone + carried).unflatten(3, (size, order))[:, :, time // size, time % size]
 
 
-def traced_final(newest_first: Tensor, system: DelaySystem) -> Tensor:
-    """The last state of a memory that began empty: inputs (S, R, T), from the last step to the first -> (S, R, N)."""
-    steps, dtype, device = newest_first.shape[2], newest_first.dtype, newest_first.device
+def traced_final(inputs: Tensor, system: DelaySystem) -> Tensor:
+    """The last state of a memory that began empty: inputs (S, R, T) -> (S, R, N)."""
+    steps, dtype, device = inputs.shape[2], inputs.dtype, inputs.device
+    newest_first = inputs.flip(2)
     size = next((1 << digits for digits in range(10) if statically_known_true(steps <= 1 << digits)), _LAST_CHUNK)
     response = system.impulse_response(size, dtype, device)
     if statically_known_true(steps <= size):

@@ -13,9 +13,13 @@ struct Hodlr {
 
   Hodlr(at::Tensor inward, at::Tensor outward, std::vector<int64_t> ranks)
       : inward(std::move(inward)), outward(std::move(outward)), ranks(std::move(ranks)) {
-    TORCH_CHECK(
-        this->inward.dim() == 5 && this->inward.size(1) == int64_t(1) << this->ranks.size(), "expected a rank per level");
+    for (const at::Tensor& part : {this->inward, this->outward}) {
+      TORCH_CHECK(part.dim() == 5 && part.is_contiguous() && part.size(4) == PANEL, "expected panels");
+      TORCH_CHECK(part.size(1) == int64_t(1) << this->ranks.size(), "expected a rank per level");
+    }
   }
+
+  int64_t systems() const { return outward.size(0); }
 
   // to (rows, order) += from (rows, order) @ the matrix of one system
   template <typename T>

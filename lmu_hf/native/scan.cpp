@@ -18,7 +18,7 @@ TORCH_LIBRARY(lmu_hf, library) {
   library.class_<Stream>("Stream")
       .def(torch::init<
            std::string, std::vector<at::Tensor>, at::Tensor, bool, bool, std::string, std::optional<at::Tensor>, at::Tensor,
-           std::optional<at::Tensor>, std::vector<int64_t>, at::Tensor, at::Tensor, std::optional<at::Tensor>, int64_t,
+           at::Tensor, std::vector<int64_t>, at::Tensor, at::Tensor, std::optional<at::Tensor>, int64_t,
            int64_t>())
       .def("entry", &Stream::entry);
   library.def(

@@ -24,19 +24,18 @@ struct None {
 // and of the dtype of the states, which is for the caller to see to.
 struct Stream : torch::CustomClassHolder {
   // states: m (B, D, N) and the hidden ones, contiguous; all are updated. Of the encoder come the columns (D, ...), which read
-  // [x, h, m], h and m only where they are fed back; the other matrices in panels, A transposed, which with `inward` is the
-  // outward part of its HODLR form with these ranks, and B (S, panels, 1, PANEL). The rows of the weight are those of [m, x, h].
+  // [x, h, m], h and m only where they are fed back; the other matrices in panels, the transposed A as the two parts of its HODLR
+  // form with these ranks, B (S, panels, 1, PANEL). The rows of the weight are those of [m, x, h].
   Stream(
       std::string kind, std::vector<at::Tensor> states, at::Tensor encoder, bool from_hidden, bool from_memory,
-      std::string activation, std::optional<at::Tensor> u_bias, at::Tensor A, std::optional<at::Tensor> inward,
+      std::string activation, std::optional<at::Tensor> u_bias, at::Tensor inward, at::Tensor outward,
       std::vector<int64_t> ranks, at::Tensor B, at::Tensor weight, std::optional<at::Tensor> bias, int64_t inputs,
       int64_t outputs)
       : kind(std::move(kind)),
         activation(std::move(activation)),
         states(std::move(states)),
         encoder(std::move(encoder)),
-        A(std::move(A)),
-        hodlr(inward ? std::make_optional<Hodlr>(*inward, this->A, std::move(ranks)) : std::nullopt),
+        A(std::move(inward), std::move(outward), std::move(ranks)),
         B(std::move(B)),
         weight(std::move(weight)),
         u_bias(std::move(u_bias)),
@@ -49,8 +48,7 @@ struct Stream : torch::CustomClassHolder {
     with_type(this->states[0], [](auto) {});
     if (this->kind != "none") with_cell(this->kind, [](auto) {});
     with_activation(this->activation, [](auto) {});
-    for (const at::Tensor& matrix : {this->A, inward.value_or(this->A), this->B})
-      TORCH_CHECK(matrix.is_contiguous() && matrix.size(-1) == PANEL, "expected panels");
+    TORCH_CHECK(this->B.is_contiguous() && this->B.size(3) == PANEL, "expected panels");
     for (const at::Tensor& state : this->states) TORCH_CHECK(state.is_contiguous(), "expected contiguous states");
     TORCH_CHECK(this->encoder.is_contiguous(), "expected a contiguous encoder");
   }
@@ -63,8 +61,8 @@ struct Stream : torch::CustomClassHolder {
  private:
   const std::string kind, activation;
   const std::vector<at::Tensor> states;
-  const at::Tensor encoder, A;
-  const std::optional<Hodlr> hodlr;
+  const at::Tensor encoder;
+  const Hodlr A;
   const at::Tensor B, weight;
   const std::optional<at::Tensor> u_bias, bias;
   const bool from_hidden, from_memory;
@@ -121,11 +119,10 @@ struct Stream : torch::CustomClassHolder {
         for (int64_t d = 0; d < dims; ++d) inputs_of[r * dims + d] = function.value(u[r * u_stride + d]);
     });
     advance_by<T>(rows, dims, order, 1, inputs_of.data(), B, memory, &pool, [&](T* next, int64_t stride) {
-      if (!hodlr) return by_system<T>(rows, dims, order, order, memory, order, A, next, stride);
       by_system<T>(
-          A.size(0), rows, dims, memory, order, next, stride,
+          A.systems(), rows, dims, memory, order, next, stride,
           [&](int64_t system, int64_t count, const T* from, int64_t from_stride, T* to, int64_t to_stride) {
-            hodlr->product<T>(system, count, order, from, from_stride, to, to_stride, &pool);
+            A.product<T>(system, count, order, from, from_stride, to, to_stride, &pool);
           });
     });
 
