@@ -9,8 +9,6 @@ Names: B batch, T time, C steps per chunk, K chunks, D memory dimensions, N orde
 step's sums: D + G if u is computed in the loop, otherwise G.
 """
 
-import math
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +21,7 @@ from .folding import ChunkOperators
 from .gates import Pointwise
 from .precision import full_float32
 from .scan import scan_class
+from .scratch import Scratch, arriving, before_each, known_sums, of_steps
 from .time_loop import Encoding, State, TimeLoop, send_back, start_all
 
 # A segment has about this many rows, chunks times batch, for its products to run at full speed, but no more numbers in its
@@ -40,32 +39,30 @@ def chunked_scan(
     weight: Tensor | None,
     bias: Tensor | None,
     u: Tensor | None,
-    memory: Tensor | None,
+    memory: Tensor,
     operators: ChunkOperators,
     states: State,
     steps: int,
     *,
     activation: str = "linear",
-) -> tuple[Tensor | None, Tensor | None, State]:
+) -> tuple[Tensor | None, Tensor, State]:
     """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
 
     Args:
-        cell: what a step makes of its sums. With ``linear`` numbers of memory the recurrence has none beside them; the sums then
-            begin with the next m, and W counts them.
+        cell: what a step makes of its sums.
         given: inputs of all steps (B, T, I), or None.
-        weight: inputs -> their part of the sums (I, W). None if ``given`` is that part itself, for a recurrence without memory.
+        weight: inputs -> their part of the sums (I, W), or None.
         bias: (W,) or None.
         u: the memory's input (B, K * C, D), zero past T, if it is known in advance; otherwise None.
-        memory: m before the first step (B, D, N), or None for a recurrence without memory.
+        memory: m before the first step (B, D, N).
         operators: the matrices of a chunk.
         states: hidden state tensors before the first step, (B, H) each.
         steps: T.
         activation: of u, with ``operators.encoder``; a key of ``GATES``.
 
     Returns:
-        u (B, K * C, D), zero past T, where it is computed here; the memory at the start of each chunk (B, K, D * N), where there
-        is one; and each state tensor after every step (B, T, H). Where the first is [m, h], h alone comes once more after them,
-        so that its gradient need not be filled up to that of [m, h].
+        u (B, K * C, D), zero past T, where it is computed here; the memory at the start of each chunk (B, K, D * N); and each
+        state tensor after every step (B, T, H).
     """
     inputs = (given, weight, bias, u, memory, *operators, *states)
     u, starts, *sequences = _ChunkedScan.apply(_Settings(cell, steps, activation), *inputs)
@@ -85,35 +82,16 @@ _OPERATORS = len(ChunkOperators._fields)
 _SUMMED = ("bias", "power", "response", "states")
 
 
-class _Scratch:
-    """Memory that one segment after the other uses: taken anew each time, it would cost more than the products in it."""
-
-    def __init__(self, like: Tensor):
-        self.like, self.parts = like, {}  # type: ignore[var-annotated]
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """Numbers of this shape, not initialised, valid until the next call with this name."""
-        size = math.prod(shape)
-        part = self.parts.get(name)
-        if part is None or part.numel() < size:
-            part = self.parts[name] = self.like.new_empty(size)
-        return part[:size].view(shape)
-
-
 class _Sizes:
     """How a run is cut up."""
 
-    def __init__(self, batch: int, steps: int, memory: Tensor | None, operators: ChunkOperators, *, feedback: bool):
-        self.steps = steps
-        self.dims = 0 if memory is None else memory.shape[-2]
-        self.chunk = 16 if operators.response is None else operators.chunk
+    def __init__(self, batch: int, steps: int, memory: Tensor, operators: ChunkOperators, *, feedback: bool):
+        self.steps, self.dims, self.chunk = steps, memory.shape[-2], operators.chunk
         self.chunks = -(-steps // self.chunk)
-        self.total = self.chunks * self.chunk if self.dims else steps
+        self.total = self.chunks * self.chunk
         width = operators.step.shape[1] if operators.read is None else max(operators.read.shape)
         rows, numbers = (_ROWS_CUDA, _NUMBERS_CUDA) if operators.step.is_cuda else (_ROWS, _NUMBERS)
-        if not self.dims:
-            rows *= 4  # their products are those of a step, thinner than those of a chunk
-        elif not operators.step.is_cuda and (feedback or (operators.from_u is not None and available(operators.step))):
+        if not operators.step.is_cuda and (feedback or (operators.from_u is not None and available(operators.step))):
             rows *= 16  # no products of a chunk: what counts is how few calls there are, as far as the cache goes
         fitting = numbers // (batch * self.chunk * width)
         self.segment = max(1, min(-(-rows // batch), fitting)) * self.chunk
@@ -135,17 +113,16 @@ class _ChunkedScan(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         u: Any,
-        memory: Any,
+        memory: Tensor,
         *tensors: Any,
     ) -> tuple[Tensor | None, ...]:
         operators, states = ChunkOperators(*tensors[:_OPERATORS]), tensors[_OPERATORS:]
-        step = operators.step
-        batch, width, steps, linear = states[0].shape[0], step.shape[1], settings.steps, settings.cell.linear
-        feedback = memory is not None and u is None
+        step, feedback = operators.step, u is None
+        batch, width, steps = states[0].shape[0], step.shape[1], settings.steps
         sizes = _Sizes(batch, steps, memory, operators, feedback=feedback)
         dims, total = sizes.dims, sizes.total
         kept = settings.cell.allocate(states, steps)
-        starts: Any = None if memory is None else step.new_empty(batch, sizes.chunks, memory[0].numel())
+        starts = step.new_empty(batch, sizes.chunks, memory[0].numel())
         if u is None:
             u = step.new_empty(batch, total, dims)
             u[:, steps:] = 0
@@ -153,33 +130,28 @@ class _ChunkedScan(torch.autograd.Function):
         ctx.device_type = step.device.type
         scan = _make_scan(ctx, operators, u, states, kept)
         nothing = step.new_empty(batch, steps, 0)
-        scratch = _Scratch(step)
+        scratch = Scratch(step)
         for first, length in sizes.segments():
-            with full_float32(step) if linear else nullcontext():  # then it is part of the memory
-                known = _known(_cut(given, first, length), weight, bias, (batch, length, width), scratch)
+            known = known_sums(of_steps(given, first, length), weight, bias, (batch, length, width), scratch)
             if feedback:
                 memory = scan.feedback_forward(first, known, u, starts, memory, operators)
                 continue
-            if memory is not None:
-                chunks = sizes.of_chunks(first, length)
-                further = first + length < total
-                memory = start_all(memory, u[:, first : first + length], starts[:, chunks], operators, further=further)
-                begun = starts[:, chunks]
-                u_of_chunks = u[:, first : first + length].reshape(begun.shape[:2].numel(), -1)
-                if operators.from_u is not None:
-                    with full_float32(step):
-                        known.view(len(u_of_chunks), -1).addmm_(u_of_chunks, operators.from_u)
-                    scan.folded_forward(first, min(length, steps - first), known, begun, operators)
-                    continue
-                memories = _write(begun.flatten(0, 1), u_of_chunks, operators, scratch)
-                assert operators.read is not None
-                known.view(-1, width).addmm_(memories, operators.read)
+            begun, further = starts[:, sizes.of_chunks(first, length)], first + length < total
+            memory = start_all(memory, u[:, first : first + length], begun, operators, further=further)
+            u_of_chunks = u[:, first : first + length].reshape(begun.shape[:2].numel(), -1)
+            if operators.from_u is not None:
+                with full_float32(step):
+                    known.view(len(u_of_chunks), -1).addmm_(u_of_chunks, operators.from_u)
+                scan.folded_forward(first, min(length, steps - first), known, begun, operators)
+                continue
+            memories = _write(begun.flatten(0, 1), u_of_chunks, operators, scratch)
+            assert operators.read is not None
+            known.view(-1, width).addmm_(memories, operators.read)
             scan.forward(first, min(length, steps - first), known, nothing)
         saved = (given, weight, bias, u, starts, *operators, *states, *kept)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        alone = (kept[0][..., linear:].clone(memory_format=torch.contiguous_format),) if linear else ()
-        return (u if feedback else None), starts, *kept[: len(states)], *alone
+        return (u if feedback else None), starts, *kept[: len(states)]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
@@ -204,7 +176,7 @@ class _ChunkedScan(torch.autograd.Function):
         batch, width = states[0].shape[0], step.shape[1]
 
         scan = _make_scan(ctx, operators, u, states, kept)
-        scan.start_backward(_arriving(grad_sequences, kept[: ctx.states], ctx.settings.cell.linear))
+        scan.start_backward(arriving(grad_sequences, kept))
         grad_given = torch.empty_like(given) if needed["given"] else None
         weights = {"weight": weight, "bias": bias, **operators._asdict()}
         # Contiguous, whatever the strides of a weight: those of a view with one row are refused by cuBLAS. Those that products
@@ -214,24 +186,22 @@ class _ChunkedScan(torch.autograd.Function):
             for name, tensor in weights.items()
             if needed[name]
         }
-        inputs: Any = None  # gradient of u
-        if dims:
-            inputs = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
+        # Gradient of u.
+        inputs = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
         grad_memory: Tensor | None = None  # of the memory at the end of a segment
         nothing = step.new_empty(batch, steps, 0)
         to_starts: Any = None
         to_u: Any = None
-        scratch = _Scratch(step)
+        scratch = Scratch(step)
         for first, length in reversed(sizes.segments()):
             grad = scratch.take("grad", batch, length, width)
             grad[:, max(steps - first, 0) :] = 0
             beta = int(first + length < sizes.total)  # what the segments after this one have left counts, as in addmm
             segment = slice(first, first + length)
             chunks = sizes.of_chunks(first, length)
-            if dims:
-                # Of the memory at the start of each chunk, and at the end of the last.
-                arrived = scratch.take("arrived", batch, chunks.stop - chunks.start + 1, starts.shape[2])
-                arrived[:, -1] = 0 if grad_memory is None else grad_memory
+            # Of the memory at the start of each chunk, and at the end of the last.
+            arrived = scratch.take("arrived", batch, chunks.stop - chunks.start + 1, starts.shape[2])
+            arrived[:, -1] = 0 if grad_memory is None else grad_memory
             if feedback:
                 scan.feedback_backward(first, inputs, grad, grad_starts, arrived, operators)
             elif from_u is not None:
@@ -244,29 +214,27 @@ class _ChunkedScan(torch.autograd.Function):
                     grads["from_u"].addmm_(u[:, segment].reshape(len(by_chunk), -1).mT, by_chunk, beta=beta)
             else:
                 scan.backward(first, min(length, steps - first), nothing, grad)
-                if dims:
-                    of_chunks = starts[:, chunks].flatten(0, 1)
-                    u_of_chunks = u[:, segment].reshape(len(of_chunks), -1)
-                    flat = grad.view(-1, width)
-                    to_starts, to_u = _write_back(flat, of_chunks, u_of_chunks, operators, grads, beta, scratch)
-            if dims and not feedback:
+                of_chunks = starts[:, chunks].flatten(0, 1)
+                u_of_chunks = u[:, segment].reshape(len(of_chunks), -1)
+                flat = grad.view(-1, width)
+                to_starts, to_u = _write_back(flat, of_chunks, u_of_chunks, operators, grads, beta, scratch)
+            if not feedback:
                 inputs[:, segment] += to_u.reshape(batch, length, dims)
                 if grad_starts is not None:
                     to_starts = to_starts.reshape(batch, -1, starts.shape[2]) + grad_starts[:, chunks]
                 send_back(inputs[:, segment], to_starts, arrived, operators)
-            if dims:
-                if "power" in grads:
-                    ends = fold_state(arrived[:, 1:].reshape(-1, dims, starts.shape[2] // dims), len(power))
-                    before = fold_state(starts[:, chunks].reshape(-1, dims, starts.shape[2] // dims), len(power))
-                    grads["power"] += ends.mT @ before
-                    grads["response"] += fold_rows(u[:, segment].reshape(-1, chunk, dims), len(power)).mT @ ends
-                grad_memory = arrived[:, 0].clone()
+            if "power" in grads:
+                ends = fold_state(arrived[:, 1:].reshape(-1, dims, starts.shape[2] // dims), len(power))
+                before = fold_state(starts[:, chunks].reshape(-1, dims, starts.shape[2] // dims), len(power))
+                grads["power"] += ends.mT @ before
+                grads["response"] += fold_rows(u[:, segment].reshape(-1, chunk, dims), len(power)).mT @ ends
+            grad_memory = arrived[:, 0].clone()
             # The weights, while the gradient of the segment is at hand.
-            flat, by_chunk = grad.view(-1, width), grad.view(-1, chunk * width) if dims else grad
+            flat, by_chunk = grad.view(-1, width), grad.view(-1, chunk * width)
             if "fold" in grads:
                 grads["fold"].addmm_(starts[:, chunks].flatten(0, 1).mT, by_chunk, beta=beta)
             if "step" in grads or "encoder" in grads:
-                before = _before(states[0], kept[0], first, length)
+                before = before_each(states[0], kept[0], first, length)
                 if "step" in grads:
                     _add_step_gradient(grads["step"], flat, u[:, segment] if feedback else None, before, chunk, beta)
                 if "encoder" in grads:
@@ -277,10 +245,10 @@ class _ChunkedScan(torch.autograd.Function):
             if "bias" in grads:
                 grads["bias"] += flat.sum(0)
             if "weight" in grads:
-                grads["weight"].addmm_(_cut(given, first, length).flatten(0, 1).mT, flat, beta=beta)
+                grads["weight"].addmm_(of_steps(given, first, length).flatten(0, 1).mT, flat, beta=beta)
             if grad_given is not None:
                 count = min(length, steps - first)
-                grad_given[:, first : first + count] = (grad if weight is None else grad @ weight.mT)[:, :count]
+                grad_given[:, first : first + count] = (grad @ weight.mT)[:, :count]
         return (
             None,
             grad_given,
@@ -298,55 +266,13 @@ def _make_scan(ctx: Any, operators: ChunkOperators, u: Tensor, states: State, ke
     encoding = None
     if operators.encoder is not None and operators.direct is not None:
         encoding = Encoding(operators.encoder, operators.direct, operators.mask, settings.activation, u)
-    made = scan_class(operators.step, special=settings.cell.linear > 0 or encoding is not None)
+    made = scan_class(operators.step, special=encoding is not None)
     dims = ctx.sizes.dims if ctx.feedback else 0
     arguments = (settings.cell, operators.step, ctx.sizes.chunk, dims, states, kept)
     return made(*arguments, encoding=encoding)
 
 
-def _arriving(grads: tuple[Tensor | None, ...], sequences: State, linear: int) -> State:
-    """What :meth:`TimeLoop.start_backward` receives: of [m, h], with ``linear``, the gradient of h alone where m has none."""
-    alone = grads[len(sequences)] if linear else None
-    first = grads[0]
-    if alone is not None:
-        first = alone if first is None else first + F.pad(alone, (linear, 0))
-    own = zip((first, *grads[1:]), sequences, strict=False)
-    return tuple(state[..., :0] if grad is None else grad for grad, state in own)
-
-
-def _known(
-    given: Tensor | None, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, int, int], scratch: _Scratch
-) -> Tensor:
-    """What the inputs of a segment contribute to its sums (B, length, W)."""
-    if given is not None and weight is None:
-        return given  # only read
-    known = scratch.take("known", *shape)
-    if given is None or weight is None:
-        return known.zero_() if bias is None else known.copy_(bias.expand(shape))
-    flat = known.view(-1, shape[2])
-    if bias is None:
-        torch.mm(given.reshape(len(flat), -1), weight, out=flat)
-    else:
-        torch.addmm(bias, given.reshape(len(flat), -1), weight, out=flat)
-    return known
-
-
-def _cut(tensor: Any, first: int, length: int) -> Any:
-    """The steps of a segment, filled up with zeros past the end."""
-    if tensor is None:
-        return None
-    part = tensor[:, first : first + length]
-    missing = length - part.shape[1]
-    return F.pad(part, (0, 0, 0, missing)) if missing else part
-
-
-def _before(initial: Tensor, hidden: Tensor, first: int, length: int) -> Tensor:
-    """The hidden state before each step of a segment (B, length, H), zero past the end."""
-    before = _cut(hidden, max(first - 1, 0), length - (first == 0))
-    return before if first else torch.cat([initial[:, None], before], dim=1)
-
-
-def _write(starts: Tensor, u: Tensor, operators: ChunkOperators, scratch: _Scratch) -> Tensor:
+def _write(starts: Tensor, u: Tensor, operators: ChunkOperators, scratch: Scratch) -> Tensor:
     """The memory after each step of some chunks (M * C, D * N), from starts (M, D * N) and u (M, C * D)."""
     states, power = operators.states, operators.power
     assert states is not None
@@ -374,7 +300,7 @@ def _write_back(
     operators: ChunkOperators,
     grads: dict[str, Tensor],
     beta: int,
-    scratch: _Scratch,
+    scratch: Scratch,
 ) -> tuple[Tensor, Tensor]:
     """The adjoint of :func:`_write` and the product with ``read`` after it: of starts and u, from grad (M * C, W)."""
     states, power, read = operators.states, operators.power, operators.read

@@ -10,8 +10,8 @@ needs of the memory is
 The m0 terms of all C steps are one product; the sums run over at most C inputs of memory_d numbers with a short kernel. What
 is left per step is one product of [u[1..j-1], h] with a matrix of C * memory_d + hidden_size rows, in place of those of order
 x order, order x hidden_size and hidden_size x hidden_size. The backward pass is the same recurrence transposed; the gradients
-of all weights are collected and computed as a few large products at the end. With memory_d = 0 nothing of the memory is left
-and it is a plain recurrent scan, which serves uncoupled layers, whose memory is known in advance.
+of all weights are collected and computed as a few large products at the end. Where the memory is known in advance, a
+recurrence without memory is left, see :mod:`recurrent_scan`.
 
 Names: W = D + G is the width of a step's result, its u (D) and its gates (G); F folds m0 into the results of a chunk; P and Q
 advance the memory by a chunk.
@@ -41,6 +41,7 @@ from .gates import GateWeights, Pointwise
 from .legendre import DelaySystem
 from .memory import linear_memory, measured
 from .ragged import blank, last_valid, where_started
+from .recurrent_scan import recurrent_scan
 from .state import Dropout, LMUState
 
 if TYPE_CHECKING:
@@ -182,9 +183,7 @@ def gated_scan(
         hidden_weight = weights.to(dtype).hidden_weight
         assert hidden_weight is not None
         hidden = tuple(part.to(dtype) for part in state)
-        operators = ChunkOperators(hidden_weight)
-        inputs = (base.to(dtype), None, None, None, None)
-        *_, sequences = chunked_scan(Pointwise(weights.kind), *inputs, operators, hidden, base.shape[1])
+        sequences = recurrent_scan(Pointwise(weights.kind), base.to(dtype), hidden_weight, hidden)
     return _output(sequences, lengths, return_sequence).to(state[0].dtype), _final(sequences, state, lengths)
 
 

@@ -8,7 +8,7 @@ With x, m and h side by side, one product gives the next memory and, since m' is
 The product of a step has (D * N + H) * (D * N + G) numbers, more than the chunks of :mod:`lookahead` need, but nothing else is to
 be done: with few numbers the calls around the chunks would take longer than these do.
 
-Names as in :mod:`chunked_scan`; I is the input size.
+Names: D memory dimensions, N order, H hidden size, G gate numbers, I size of what comes in.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .chunked_scan import chunked_scan
-from .folding import ChunkOperators, encoder_matrix, input_matrices
+from .folding import encoder_matrix, input_matrices
 from .gates import GateWeights, Pointwise
 from .legendre import DelaySystem
 from .precision import exact_matmul
 from .ragged import blank, last_valid, where_started
+from .recurrent_scan import recurrent_scan
 from .state import Dropout, LMUState
 
 if TYPE_CHECKING:
@@ -56,12 +57,11 @@ def merged_recurrence(
         u = cell.encode(x, dropout=dropout)
         given = torch.cat([u, x], dim=2) if cell.input_to_hidden else u
     with torch.autocast(x.device.type, enabled=False):
-        recurrent, of_input, bias = merged_operators(cell, weights.to(dtype), system, known=known)
+        matrix, constant = merged_operator(cell, weights.to(dtype), system, known=known)
         start = torch.cat([state.memory.to(dtype).flatten(1), state.hidden[0].to(dtype)], dim=1)
         states = (start, *(part.to(dtype) for part in state.hidden[1:]))
-        operators, cells = ChunkOperators(recurrent), Pointwise(weights.kind, linear)
-        inputs = (given.to(dtype), of_input, bias, None, None)
-        _, _, (*sequences, hidden) = chunked_scan(cells, *inputs, operators, states, x.shape[1])
+        cells = Pointwise(weights.kind, linear)
+        *sequences, hidden = recurrent_scan(cells, given.to(dtype), matrix, states, constant=constant)
     last = tuple(last_valid(sequence, lengths) for sequence in sequences)
     output = blank(hidden, lengths) if return_sequence else last[0][:, linear:].clone(memory_format=torch.contiguous_format)
     final = [where_started(new, old, lengths) for new, old in zip(last, states, strict=True)]
@@ -71,10 +71,8 @@ def merged_recurrence(
     return output.to(x.dtype), LMUState.of((memory.view_as(state.memory), *after))
 
 
-def merged_operators(
-    cell: LMUCell, weights: GateWeights, system: DelaySystem, *, known: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The matrices of the recurrence, differentiable in the weights.
+def merged_operator(cell: LMUCell, weights: GateWeights, system: DelaySystem, *, known: bool) -> tuple[Tensor, bool]:
+    """The matrix of the recurrence, differentiable in the weights.
 
     Args:
         cell: the cell.
@@ -83,34 +81,34 @@ def merged_operators(
         known: what comes in is u, and x behind it with ``input_to_hidden``, rather than x alone.
 
     Returns:
-        [m, h] -> [m', gates] (D * N + H, D * N + G); what comes in -> its part of them (I, D * N + G); and their bias or None.
+        [m, h, what comes in, 1] -> [m', gates] (D * N + H + I + 1, D * N + G), and whether it has the last row.
     """
     _, input_weight, hidden_weight, bias = weights
     dims, linear, size = cell.memory_d, cell.memory_d * cell.order, cell.state_sizes[0]
-    A, B = system.matrices(input_weight.dtype, input_weight.device)
-    identity = torch.eye(dims, dtype=A.dtype, device=A.device)
-
-    def to_memory(to_u: Tensor) -> Tensor:
-        """What contributes to u (R, D) -> what it gives to m' (R, D * N)."""
-        return (to_u.to(A.dtype)[:, :, None] * B).flatten(1)
-
-    within = identity[:, None, :, None] * A.mT.expand(dims, -1, -1)[:, :, None]  # (D, N, D, N)
-    within = within.flatten(2).flatten(0, 1)
-    if cell.recurrent_kernel is not None:
-        within = within + to_memory(cell.recurrent_kernel)
+    dtype, width = input_weight.dtype, input_weight.shape[1]
     of_memory, of_input = input_weight.tensor_split([linear])
     of_x, of_h = encoder_matrix(cell, input_weight).tensor_split([cell.input_size])
-    to_u, to_gates = input_matrices(identity if known else of_x, of_input, apart=known)
-    u_bias = None if known else cell.bias
+    if known:
+        of_x = torch.eye(dims, dtype=dtype, device=of_x.device)
+    to_u, to_gates = input_matrices(of_x, of_input, apart=known)
+    # What the rows give to u, and to the gates other than through m'.
+    zeros = of_x.new_zeros
+    recurrent, u_bias = cell.recurrent_kernel, None if known else cell.bias
+    of_u = [
+        zeros(linear, dims) if recurrent is None else recurrent.to(dtype),
+        of_h if cell.hidden_to_memory else zeros(size, dims),
+        to_u,
+    ]
+    gates = [zeros(linear + (size if hidden_weight is None else 0), width), to_gates]
+    if hidden_weight is not None:
+        gates.insert(1, hidden_weight)
     constant = u_bias is not None or bias is not None
-    # Rows [m, h, what comes in, 1]: what they give to m', and to the gates other than through m'.
-    memory = [within, to_memory(of_h) if cell.hidden_to_memory else within.new_zeros(size, linear), to_memory(to_u)]
-    gates = [to_gates.new_zeros(linear, to_gates.shape[1])]
-    gates += [to_gates.new_zeros(size, to_gates.shape[1]) if hidden_weight is None else hidden_weight, to_gates]
     if constant:
-        memory.append(within.new_zeros(1, linear) if u_bias is None else to_memory(u_bias[None]))
-        gates.append(torch.zeros_like(to_gates[:1]) if bias is None else bias[None])
-    to_m = torch.cat(memory)
-    joint = torch.cat([to_m, exact_matmul(to_m, of_memory) + torch.cat(gates)], dim=1)
-    recurrent, incoming = joint.tensor_split([linear + size])
-    return (recurrent, incoming[:-1], incoming[-1]) if constant else (recurrent, incoming, None)
+        of_u.append(zeros(1, dims) if u_bias is None else u_bias.to(dtype)[None])
+        gates.append(zeros(1, width) if bias is None else bias[None])
+    A, B = system.matrices(dtype, input_weight.device)
+    to_memory = (torch.cat(of_u)[:, :, None] * B).flatten(1)
+    within = torch.block_diag(*A.mT.expand(dims, -1, -1))
+    to_memory = to_memory + F.pad(within, (0, 0, 0, len(to_memory) - linear))
+    # The gates read m'.
+    return torch.cat([to_memory, torch.cat(gates) + exact_matmul(to_memory, of_memory)], dim=1), constant

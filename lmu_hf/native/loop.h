@@ -77,6 +77,66 @@ struct Start {
   int64_t flat, stride;
 };
 
+// What steps make their sums of where these are not known in advance: x @ weight + bias.
+template <typename T>
+struct Inputs {
+  Sequence<T> x;
+  Panels<T> weight;
+  const T* bias;  // or nullptr
+};
+
+// The gradient of a matrix [h, x, 1] -> sums, of rows that are collected until they make a product: so they never leave the cache
+// of their core.
+template <typename T>
+class WeightGradient {
+ public:
+  WeightGradient(int64_t features, int64_t width)
+      : features(features),
+        width(width),
+        stride(padded(width)),
+        left(ROWS * features, T(1)),
+        right(padded(width) * ROWS),
+        total(features * stride) {}
+
+  // Adds a row. Features past those of h and x are ones.
+  void add(const T* h, int64_t size, const T* x, int64_t inputs, const T* grad) {
+    T* row = &left[filled * features];
+    std::memcpy(row, h, size * sizeof(T));
+    std::memcpy(row + size, x, inputs * sizeof(T));
+    for (int64_t column = 0; column < width; column += PANEL)
+      std::memcpy(&right[column * ROWS + filled * PANEL], grad + column, PANEL * sizeof(T));
+    if (++filled == ROWS) multiply();
+  }
+
+  // The sum so far, which is added to `to` (features, width).
+  void add_to(T* to) {
+    multiply();
+    for (int64_t f = 0; f < features; ++f)
+      for (int64_t i = 0; i < width; ++i) to[f * width + i] += total[f * stride + i];
+  }
+
+ private:
+  static constexpr int64_t ROWS = 128;
+  const int64_t features, width, stride;
+  std::vector<T> left, right, total;
+  int64_t filled = 0;
+
+  void multiply() {
+    product<T, true>(
+        features, width, filled, left.data(), features, Panels<T>(right.data(), ROWS * PANEL), total.data(), stride);
+    filled = 0;
+  }
+};
+
+// The adjoint of Inputs.
+template <typename T>
+struct InputsAdjoint {
+  Sequence<T> x;
+  std::optional<WeightGradient<T>> weights;
+  std::optional<Panels<T>> to_x;
+  Sequence<T> grad_x;
+};
+
 // The steps of the chunks of one sequence.
 template <typename T, typename Cell>
 struct Loop {
@@ -102,7 +162,7 @@ struct Loop {
 
   void forward_rows(
       int64_t begin, int64_t end, int64_t first, int64_t count, const Sequence<T>& known, const Panels<T>& matrix,
-      const Sequence<T>& u, const Start<T>* start) const {
+      const Sequence<T>& u, const Start<T>* start, const Inputs<T>* inputs = nullptr) const {
     const int64_t dims = u.features, size = kept[0].features, width = known.features;
     const int64_t u_stride = chunk * dims + 1, rows = end - begin;
     const Panels<T> from_hidden = matrix.from_row(dims ? (chunk - 1) * dims : 0);
@@ -110,7 +170,15 @@ struct Loop {
     const int64_t sum_stride = padded(width);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t t = first + j;
-      for (int64_t r = 0; r < rows; ++r) std::memcpy(&sums[r * sum_stride], known.at(begin + r, j), width * sizeof(T));
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* from = known ? known.at(begin + r, j) : inputs ? inputs->bias : nullptr;
+        T* to = &sums[r * sum_stride];
+        from ? std::copy_n(from, width, to) : std::fill_n(to, width, T(0));
+      }
+      if (inputs) {
+        const Sequence<T>& x = inputs->x;
+        product<T>(rows, width, x.features, x.at(begin, j), x.row, inputs->weight, sums.data(), sum_stride);
+      }
       if (start)
         product<T>(
             rows, width, start->flat, start->memory, start->stride, Panels<T>::of(start->stack, j), sums.data(), sum_stride);
@@ -142,7 +210,8 @@ struct Loop {
         rows_at(begin + r, t - 1, before);
         const T* sum = &sums[r * sum_stride];
         if (j + 1 < count) {
-          fetch(known.at(begin + r, j + 1), width);
+          if (known) fetch(known.at(begin + r, j + 1), width);
+          if (inputs) fetch(inputs->x.at(begin + r, j + 1), inputs->x.features);
           for (int i = 0; i < Cell::kept; ++i) fetch(kept[i].at(begin + r, t + 1), kept[i].features);
         }
         if (dims) {
@@ -157,15 +226,17 @@ struct Loop {
 
   void backward_rows(
       int64_t begin, int64_t end, int64_t first, int64_t count, const Adjoint<T>& adjoint, const Sequence<T>& grad_u,
-      const Sequence<T>& grad_sums, const Start<T>* start) const {
+      const Sequence<T>& grad_sums, const Start<T>* start, InputsAdjoint<T>* reading = nullptr) const {
     const int64_t dims = grad_u.features, size = kept[0].features, width = grad_sums.features;
     const int64_t rows = end - begin, h_stride = padded(size), w_stride = padded(width), u_stride = padded(chunk * dims);
     std::vector<T> grad(rows * h_stride), wide(rows * w_stride), inputs(PANEL + rows * u_stride), rest(rows * h_stride);
     std::vector<T> masked(encoding && encoding->mask ? rows * h_stride : 0);
+    const int64_t x_stride = reading ? padded(reading->x.features) : 0;
+    std::vector<T> to_x(rows * x_stride);
     T* to_inputs = inputs.data() + PANEL;
     for (int64_t r = 0; r < rows; ++r) {
       std::memcpy(&grad[r * h_stride], adjoint.carry + (begin + r) * size, size * sizeof(T));
-      for (int64_t j = 0; j < count; ++j)
+      for (int64_t j = 0; dims && j < count; ++j)
         std::memcpy(to_inputs + r * u_stride + j * dims, grad_u.at(begin + r, j), dims * sizeof(T));
     }
     for (int64_t j = count - 1; j >= 0; --j) {
@@ -178,7 +249,8 @@ struct Loop {
           for (const auto& outer : adjoint.grads) fetch(outer.at(begin + r, t - 1), outer.features);
           for (int i = 0; i < Cell::kept; ++i)
             if (t > 1) fetch(kept[i].at(begin + r, t - 2), kept[i].features);
-          fetch(grad_sums.at(begin + r, j - 1), width);
+          if (grad_sums) fetch(grad_sums.at(begin + r, j - 1), width);
+          if (reading) fetch(reading->x.at(begin + r, j - 1), reading->x.features);
         }
         T *sum = &grad[r * h_stride], *further = nullptr;
         // Their first features may be missing: nothing reaches these.
@@ -210,7 +282,22 @@ struct Loop {
             for (int64_t i = 0; i < size; ++i)
               grad[r * h_stride + i] += masked[r * h_stride + i] * encoding->mask[(begin + r) * size + i];
       }
-      for (int64_t r = 0; r < rows; ++r) std::memcpy(grad_sums.at(begin + r, j), &wide[r * w_stride], width * sizeof(T));
+      if (grad_sums)
+        for (int64_t r = 0; r < rows; ++r) std::memcpy(grad_sums.at(begin + r, j), &wide[r * w_stride], width * sizeof(T));
+      if (reading) {
+        const int64_t features = reading->x.features;
+        if (reading->weights)
+          for (int64_t r = 0; r < rows; ++r)
+            reading->weights->add(
+                t > 0 ? kept[0].at(begin + r, t - 1) : initial[0] + (begin + r) * size, size, reading->x.at(begin + r, j),
+                features, &wide[r * w_stride]);
+        if (reading->to_x) {
+          std::fill(to_x.begin(), to_x.end(), T(0));
+          product<T>(rows, features, width, wide.data(), w_stride, *reading->to_x, to_x.data(), x_stride);
+          for (int64_t r = 0; r < rows; ++r)
+            std::memcpy(reading->grad_x.at(begin + r, j), &to_x[r * x_stride], features * sizeof(T));
+        }
+      }
       if (start)
         product<T>(
             rows, start->flat, width, wide.data(), w_stride, Panels<T>::of(start->stack, j), start->memory, start->stride);

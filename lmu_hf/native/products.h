@@ -51,8 +51,8 @@ struct Panels {
 
 constexpr int64_t TERMS = 64;  // of a sum at a time: a long sum in one go would round as often as it has terms
 
-// c (R, V vectors) += a (R, inner) @ b (inner, V vectors)
-template <typename T, int R, int V>
+// c (R, V vectors) += a (R, inner) @ b (inner, V vectors); with Across, a is (inner, R) and taken transposed.
+template <typename T, int R, int V, bool Across>
 __attribute__((noinline)) void block(
     int64_t inner, const T* a, int64_t a_stride, const T* b, int64_t panel, T* c, int64_t c_stride) {
   using Vec = typename Vector<T>::type;
@@ -66,7 +66,7 @@ __attribute__((noinline)) void block(
       for (int v = 0; v < V; ++v)
         row[v] = *reinterpret_cast<const Vec*>(b + k * PANEL + v * lanes / PANEL * panel + v * lanes % PANEL);
       for (int r = 0; r < R; ++r) {
-        const T factor = a[r * a_stride + k];
+        const T factor = Across ? a[k * a_stride + r] : a[r * a_stride + k];
         for (int v = 0; v < V; ++v) sum[part][r][v] += factor * row[v];
       }
     };
@@ -85,30 +85,30 @@ __attribute__((noinline)) void block(
 }
 
 // Columns `done` to `width`; `done` is a multiple of V vectors.
-template <typename T, int R, int V>
+template <typename T, int R, int V, bool Across>
 void columns(
     int64_t done, int64_t width, int64_t inner, const T* a, int64_t a_stride, const Panels<T>& b, T* c, int64_t c_stride) {
   constexpr int64_t lanes = BYTES / sizeof(T), span = V * lanes;
-  const auto take = [&] { block<T, R, V>(inner, a, a_stride, b.column(done), b.stride, c + done, c_stride); };
+  const auto take = [&] { block<T, R, V, Across>(inner, a, a_stride, b.column(done), b.stride, c + done, c_stride); };
   for (; done + span <= width; done += span) take();
   if (done == width) return;
   // What is left may reach past the width, up to a vector and to the end of its panel: the panel's columns there are zeros, and
   // every buffer here has room. One row waits for its sums rather than for such columns.
   const int64_t left = width - done;
   if (V == 1 || (R == 1 && left > V / 2 * lanes && span <= (left + PANEL - 1) / PANEL * PANEL)) return take();
-  if constexpr (V > 1) columns<T, R, V / 2>(done, width, inner, a, a_stride, b, c, c_stride);
+  if constexpr (V > 1) columns<T, R, V / 2, Across>(done, width, inner, a, a_stride, b, c, c_stride);
 }
 
-// c (rows, width) += a (rows, inner) @ b (inner, width)
-template <typename T>
+// c (rows, width) += a (rows, inner) @ b (inner, width); with Across, a is (inner, rows) and taken transposed.
+template <typename T, bool Across = false>
 void product(
     int64_t rows, int64_t width, int64_t inner, const T* a, int64_t a_stride, const Panels<T>& b, T* c, int64_t c_stride) {
   if (inner == 0 || width == 0) return;
   const auto take = [&](auto count) {
     constexpr int R = decltype(count)::value, most = std::min<int64_t>(BLOCK / R, 8);
     constexpr int V = most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
-    columns<T, R, V>(0, width, inner, a, a_stride, b, c, c_stride);
-    a += R * a_stride, c += R * c_stride, rows -= R;
+    columns<T, R, V, Across>(0, width, inner, a, a_stride, b, c, c_stride);
+    a += R * (Across ? 1 : a_stride), c += R * c_stride, rows -= R;
   };
   while (rows > 0) {
     // As many rows at a time as share each vector of b from registers, and as evenly as they go: a few left over would leave the

@@ -403,7 +403,7 @@ def test_uncoupled_as_on_cuda(system, folds, rows, monkeypatch):
 
 def test_no_graph_is_kept_alive():
     def graphs():
-        return sum(type(item).__name__ == "_ChunkedScanBackward" for item in gc.get_objects())
+        return sum(type(item).__name__ == "_RecurrentScanBackward" for item in gc.get_objects())
 
     layer = build("lstm", "all", "one")
     gc.collect()

@@ -1,0 +1,160 @@
+"""A recurrence without memory beside it, as one differentiable function with a backward pass of its own.
+
+    sums[t] = [h[t-1], x[t], 1] M,      h[t] = what the cell makes of its sums
+
+It serves hidden cells whose inputs are known, and small LMUs as recurrences of [m, h]. Where M is small, the compiled loop reads
+x itself and adds up the gradient of M while it goes back. Otherwise what x contributes to the sums comes first, and the gradients
+of M last, as products for a segment of time: nothing as long as the sequence is written but the states and what the cell keeps.
+
+Names: B batch, T time, H size of the first state, I inputs, W width of a step's sums.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .gates import Pointwise
+from .precision import full_float32
+from .scan import scan_class
+from .scratch import Scratch, arriving, before_each, known_sums
+from .time_loop import State, TimeLoop
+
+# A segment has about so many rows, steps times batch, for its products to run at full speed, but no more numbers than stay in the
+# cache; on CUDA what counts is how few kernels are launched.
+_ROWS, _NUMBERS = 1 << 13, 1 << 20
+_ROWS_CUDA, _NUMBERS_CUDA = 1 << 20, 1 << 25
+
+
+def recurrent_scan(cell: Pointwise, given: Tensor, matrix: Tensor, states: State, *, constant: bool = False) -> State:
+    """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
+
+    Args:
+        cell: what a step makes of its sums. With ``linear`` numbers of memory the first state is [m, h]; the sums then begin with
+            the next m.
+        given: x of all steps (B, T, I); or, where ``matrix`` has no rows for it, its part of the sums (B, T, W).
+        matrix: M (H [+ I [+ 1]], W).
+        states: hidden state tensors before the first step; the first is (B, H).
+        constant: the last row of ``matrix`` is a bias, behind those for x.
+
+    Returns:
+        Each state tensor after every step (B, T, H). Where the first is [m, h], h alone comes once more after them, so that its
+        gradient need not be filled up to that of [m, h].
+    """
+    if given.stride(2) != 1:
+        given = given.contiguous()
+    return _RecurrentScan.apply(_Settings(cell, constant), given, matrix, *states)
+
+
+class _Settings(NamedTuple):
+    """What is no tensor; see :func:`recurrent_scan`."""
+
+    cell: Pointwise
+    constant: bool
+
+
+class _Parts(NamedTuple):
+    """The rows of M, or of its gradient: of h (H, W), of x (I, W) or None, and the bias (W,) or None."""
+
+    hidden: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, matrix: Tensor, size: int, *, constant: bool) -> _Parts:
+        end = len(matrix) - constant
+        return cls(matrix[:size], matrix[size:end] if end > size else None, matrix[-1] if constant else None)
+
+
+class _RecurrentScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, settings: _Settings, given: Tensor, matrix: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        cell, linear = settings.cell, settings.cell.linear
+        kept = cell.allocate(states, given.shape[1])
+        scan, parts = _prepare(settings, matrix, states, kept)
+        scratch, width = Scratch(matrix), matrix.shape[1]
+        if parts.weight is not None and scan.reads_inputs(parts.weight):
+            scan.forward_all(given, parts.weight, parts.bias)
+        else:
+            for first, length in _segments(given, width):
+                part = given[:, first : first + length]
+                with full_float32(matrix) if linear else nullcontext():  # then it is part of the memory
+                    known = known_sums(part, parts.weight, parts.bias, (len(part), length, width), scratch)
+                scan.forward(first, length, known, known[..., :0])
+        ctx.save_for_backward(given, matrix, *states, *kept)
+        ctx.settings, ctx.states, ctx.device_type = settings, len(states), matrix.device.type
+        ctx.set_materialize_grads(False)
+        alone = (kept[0][..., linear:].clone(memory_format=torch.contiguous_format),) if linear else ()
+        return *kept[: len(states)], *alone
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "this recurrence has no second derivative; set algorithm='naive' on the layer for create_graph=True"
+            )
+        with torch.autocast(ctx.device_type, enabled=False):  # as forward, whoever calls it
+            return None, *_backward(ctx, grads)
+
+
+def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    given, matrix, *rest = ctx.saved_tensors
+    states, kept, settings = tuple(rest[: ctx.states]), tuple(rest[ctx.states :]), ctx.settings
+    wants_given, wants_matrix = ctx.needs_input_grad[1:3]
+    scan, parts = _prepare(settings, matrix, states, kept)
+    scan.start_backward(arriving(_joined(grads, ctx.states, settings.cell.linear), kept))
+    grad_given = torch.empty_like(given, memory_format=torch.contiguous_format) if wants_given else None
+    grad_matrix = torch.empty_like(matrix, memory_format=torch.contiguous_format) if wants_matrix else None
+    if parts.weight is not None and scan.reads_inputs(parts.weight):
+        scan.backward_all(given, parts.weight, grad_given, grad_matrix)
+        return grad_given, grad_matrix, *scan.initial_gradients()
+    made = None if grad_matrix is None else _Parts.of(grad_matrix, states[0].shape[1], constant=settings.constant)
+    scratch, width = Scratch(matrix), matrix.shape[1]
+    segments = _segments(given, width)
+    for first, length in reversed(segments):
+        part = slice(first, first + length)
+        # Where the inputs are the sums, the gradient of the sums is theirs.
+        if grad_given is not None and parts.weight is None:
+            grad = grad_given[:, part]
+        else:
+            grad = scratch.take("grad", len(given), length, width)
+        scan.backward(first, length, grad[..., :0], grad)
+        flat = grad.reshape(-1, width)
+        if made is not None:
+            beta = int((first, length) != segments[-1])  # what later segments have left counts, as in addmm
+            before = before_each(states[0], kept[0], first, length)
+            made.hidden.addmm_(before.flatten(0, 1).mT, flat, beta=beta)
+            if made.weight is not None:
+                made.weight.addmm_(given[:, part].flatten(0, 1).mT, flat, beta=beta)
+            if made.bias is not None:
+                torch.sum(flat, 0, out=made.bias) if not beta else made.bias.add_(flat.sum(0))
+        if grad_given is not None and parts.weight is not None:
+            grad_given[:, part] = grad @ parts.weight.mT
+    return grad_given, grad_matrix, *scan.initial_gradients()
+
+
+def _prepare(settings: _Settings, matrix: Tensor, states: State, kept: State) -> tuple[TimeLoop, _Parts]:
+    parts = _Parts.of(matrix, states[0].shape[1], constant=settings.constant)
+    made = scan_class(matrix, special=settings.cell.linear > 0)
+    return made(settings.cell, parts.hidden, 1, 0, states, kept), parts
+
+
+def _segments(given: Tensor, width: int) -> list[tuple[int, int]]:
+    """First step and number of steps of each segment."""
+    batch, steps = given.shape[:2]
+    rows, numbers = (_ROWS_CUDA, _NUMBERS_CUDA) if given.is_cuda else (_ROWS, _NUMBERS)
+    longest = max(min(rows // batch, numbers // (batch * width)), 16)
+    return [(first, min(longest, steps - first)) for first in range(0, steps, longest)]
+
+
+def _joined(grads: tuple[Tensor | None, ...], states: int, linear: int) -> tuple[Tensor | None, ...]:
+    """The gradients of the states alone: where the first is [m, h], with that of h, which came once more."""
+    first, alone = grads[0], grads[states] if linear else None
+    if alone is not None:
+        # m may be left out: nothing reaches it then.
+        first = alone if first is None else first + F.pad(alone, (linear, 0))
+    return first, *grads[1:states]
