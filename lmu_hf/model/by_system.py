@@ -62,6 +62,18 @@ def product(rows: Tensor, stack: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(rows, stack, out=out)
 
 
+def side_by_side(A: Tensor, B: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    """The systems of D memory dimensions, A (S, N, N) and B (S, N), as one: m' = m @ A' + u @ B' for m (rows, D * N), u (rows, D).
+
+    Returns:
+        A' (D * N, D * N) and B' (D, D * N), zero but for the block of each dimension.
+    """
+    ahead = A.mT.expand(dims, -1, -1).permute(1, 2, 0).diag_embed()
+    driven = B.expand(dims, -1).mT.diag_embed()
+    size = dims * A.shape[-1]
+    return ahead.permute(2, 0, 3, 1).reshape(size, size), driven.permute(1, 2, 0).reshape(dims, size)
+
+
 def starts_at_once(like: Tensor) -> bool:
     """Whether the memory at the start of all chunks is computed by :func:`chain` rather than chunk after chunk: on a GPU, where
     launching that many small products takes longer than they do."""

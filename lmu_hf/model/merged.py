@@ -13,13 +13,15 @@ Names: D memory dimensions, N order, H hidden size, G gate numbers, I size of wh
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .folding import encoder_matrix, input_matrices
+from .by_system import side_by_side
+from .compiled import available
+from .folding import encoder_matrix
 from .gates import GateWeights, Pointwise
 from .legendre import DelaySystem
 from .precision import exact_matmul
@@ -83,32 +85,80 @@ def merged_operator(cell: LMUCell, weights: GateWeights, system: DelaySystem, *,
     Returns:
         [m, h, what comes in, 1] -> [m', gates] (D * N + H + I + 1, D * N + G), and whether it has the last row.
     """
-    _, input_weight, hidden_weight, bias = weights
-    dims, linear, size = cell.memory_d, cell.memory_d * cell.order, cell.state_sizes[0]
-    dtype, width = input_weight.dtype, input_weight.shape[1]
-    of_memory, of_input = input_weight.tensor_split([linear])
-    of_x, of_h = encoder_matrix(cell, input_weight).tensor_split([cell.input_size])
-    if known:
-        of_x = torch.eye(dims, dtype=dtype, device=of_x.device)
-    to_u, to_gates = input_matrices(of_x, of_input, apart=known)
-    # What the rows give to u, and to the gates other than through m'.
-    zeros = of_x.new_zeros
-    recurrent, u_bias = cell.recurrent_kernel, None if known else cell.bias
-    of_u = [
-        zeros(linear, dims) if recurrent is None else recurrent.to(dtype),
-        of_h if cell.hidden_to_memory else zeros(size, dims),
-        to_u,
-    ]
-    gates = [zeros(linear + (size if hidden_weight is None else 0), width), to_gates]
-    if hidden_weight is not None:
-        gates.insert(1, hidden_weight)
-    constant = u_bias is not None or bias is not None
-    if constant:
-        of_u.append(zeros(1, dims) if u_bias is None else u_bias.to(dtype)[None])
-        gates.append(zeros(1, width) if bias is None else bias[None])
-    A, B = system.matrices(dtype, input_weight.device)
-    to_memory = (torch.cat(of_u)[:, :, None] * B).flatten(1)
-    within = torch.block_diag(*A.mT.expand(dims, -1, -1))
-    to_memory = to_memory + F.pad(within, (0, 0, 0, len(to_memory) - linear))
-    # The gates read m'.
-    return torch.cat([to_memory, torch.cat(gates) + exact_matmul(to_memory, of_memory)], dim=1), constant
+    _, weight, hidden, bias = weights
+    dims, linear, dtype = cell.memory_d, cell.memory_d * cell.order, weight.dtype
+    kernel = torch.eye(dims, dtype=dtype, device=weight.device) if known else encoder_matrix(cell, weight)
+    further = (cell.recurrent_kernel, None if known else cell.bias)
+    parts = _Parts(kernel, *(None if part is None else part.to(dtype) for part in further), weight, hidden, bias)
+    entering, at_entering = (dims if known else cell.input_size), linear + cell.state_sizes[0]
+    at_input = at_entering + dims * known
+    constant = parts.u_bias is not None or bias is not None
+    rows = max(at_entering + entering, at_input + len(weight) - linear) + constant
+    layout = _Layout(linear, entering, at_entering, at_input, rows)
+    A, B = system.matrices(dtype, weight.device)
+    if available(weight) and not A.requires_grad:
+        return _MergedOperator.apply(layout, A, B, *parts), constant
+    return naive_merged_operator(layout, A, B, parts), constant
+
+
+class _Parts(NamedTuple):
+    """What the matrix is made of: [what comes in, h] -> u (E + H, D), or without the rows of h; m -> u; 1 -> u; [m', x] -> gates
+    (D * N + I, G), or without the rows of x; h -> gates; 1 -> gates."""
+
+    kernel: Tensor
+    recurrent: Tensor | None
+    u_bias: Tensor | None
+    weight: Tensor
+    hidden: Tensor | None
+    bias: Tensor | None
+
+
+class _Layout(NamedTuple):
+    """The rows of the matrix.
+
+    Attributes:
+        linear: those of m come first, and then those of h.
+        entering: rows of the kernel that are of what comes in.
+        at_entering: the first of these in the matrix.
+        at_input: the first row of x as it goes to the gates.
+        rows: all of them.
+    """
+
+    linear: int
+    entering: int
+    at_entering: int
+    at_input: int
+    rows: int
+
+
+def naive_merged_operator(layout: _Layout, A: Tensor, B: Tensor, parts: _Parts) -> Tensor:
+    """S and S K + R as above, for A (S, N, N) and B (S, N)."""
+    linear, entering, at_entering, at_input, rows = layout
+    kernel, recurrent, u_bias, weight, hidden, bias = parts
+
+    def placed(*matrices: tuple[int, Tensor | None]) -> Tensor:
+        there = [(row, part if part.ndim == 2 else part[None]) for row, part in matrices if part is not None]
+        return sum(F.pad(part, (0, 0, row, rows - row - len(part))) for row, part in there)  # type: ignore[return-value]
+
+    of_u = placed((0, recurrent), (linear, kernel[entering:]), (at_entering, kernel[:entering]), (rows - 1, u_bias))
+    ahead, driven = side_by_side(A, B, kernel.shape[1])
+    to_memory = exact_matmul(of_u, driven) + placed((0, ahead))
+    to_gates = placed((linear, hidden), (at_input, weight[linear:]), (rows - 1, bias))
+    return torch.cat([to_memory, to_gates + exact_matmul(to_memory, weight[:linear])], dim=1)
+
+
+class _MergedOperator(torch.autograd.Function):
+    """:func:`naive_merged_operator` in C++: its many small operations would take as long as dozens of steps."""
+
+    @staticmethod
+    def forward(ctx: Any, layout: _Layout, A: Tensor, B: Tensor, *parts: Tensor | None) -> Tensor:
+        matrix = torch.ops.lmu_hf.merged_operator(layout, A, B, *parts)
+        ctx.layout = layout
+        ctx.save_for_backward(B, matrix, *parts)
+        return matrix
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        B, matrix, *parts = ctx.saved_tensors
+        grads = torch.ops.lmu_hf.merged_operator_backward(ctx.layout, grad.contiguous(), B, matrix, *parts)
+        return None, None, None, *grads

@@ -18,11 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compiled import available
 from .gates import Pointwise
 from .precision import full_float32
 from .scan import scan_class
 from .scratch import Scratch, arriving, before_each, known_sums
 from .time_loop import State, TimeLoop
+
+# Numbers of a matrix up to which the compiled loop reads inputs and adds up gradients itself: beyond, BLAS does that faster.
+_SMALL = 1 << 14
 
 # A segment has about so many rows, steps times batch, for its products to run at full speed, but no more numbers than stay in the
 # cache; on CUDA what counts is how few kernels are launched.
@@ -74,12 +78,13 @@ class _RecurrentScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: _Settings, given: Tensor, matrix: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         cell, linear = settings.cell, settings.cell.linear
+        states = tuple(state.contiguous() for state in states)
         kept = cell.allocate(states, given.shape[1])
-        scan, parts = _prepare(settings, matrix, states, kept)
-        scratch, width = Scratch(matrix), matrix.shape[1]
-        if parts.weight is not None and scan.reads_inputs(parts.weight):
-            scan.forward_all(given, parts.weight, parts.bias)
+        if _reads_inputs(settings, given, matrix, states):
+            torch.ops.lmu_hf.recurrent_forward(*cell, given, matrix, states, kept)
         else:
+            scan, parts = _prepare(settings, matrix, states, kept)
+            scratch, width = Scratch(matrix), matrix.shape[1]
             for first, length in _segments(given, width):
                 part = given[:, first : first + length]
                 with full_float32(matrix) if linear else nullcontext():  # then it is part of the memory
@@ -105,13 +110,17 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     given, matrix, *rest = ctx.saved_tensors
     states, kept, settings = tuple(rest[: ctx.states]), tuple(rest[ctx.states :]), ctx.settings
     wants_given, wants_matrix = ctx.needs_input_grad[1:3]
-    scan, parts = _prepare(settings, matrix, states, kept)
-    scan.start_backward(arriving(_joined(grads, ctx.states, settings.cell.linear), kept))
+    arrived = arriving(_joined(grads, ctx.states, settings.cell.linear), kept)
     grad_given = torch.empty_like(given, memory_format=torch.contiguous_format) if wants_given else None
     grad_matrix = torch.empty_like(matrix, memory_format=torch.contiguous_format) if wants_matrix else None
-    if parts.weight is not None and scan.reads_inputs(parts.weight):
-        scan.backward_all(given, parts.weight, grad_given, grad_matrix)
-        return grad_given, grad_matrix, *scan.initial_gradients()
+    if _reads_inputs(settings, given, matrix, states):
+        carries = [torch.zeros_like(state) for state in states]
+        outer = [grad.contiguous() for grad in arrived]
+        ways = (outer, carries[0], carries[-1], grad_given, grad_matrix)
+        torch.ops.lmu_hf.recurrent_backward(*settings.cell, given, matrix, states, kept, *ways)
+        return grad_given, grad_matrix, *carries
+    scan, parts = _prepare(settings, matrix, states, kept)
+    scan.start_backward(arrived)
     made = None if grad_matrix is None else _Parts.of(grad_matrix, states[0].shape[1], constant=settings.constant)
     scratch, width = Scratch(matrix), matrix.shape[1]
     segments = _segments(given, width)
@@ -135,6 +144,12 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
         if grad_given is not None and parts.weight is not None:
             grad_given[:, part] = grad @ parts.weight.mT
     return grad_given, grad_matrix, *scan.initial_gradients()
+
+
+def _reads_inputs(settings: _Settings, given: Tensor, matrix: Tensor, states: State) -> bool:
+    """Whether one call does all, reading x by itself."""
+    rows = states[0].shape[1] + settings.constant
+    return rows < len(matrix) and matrix.numel() <= _SMALL and given.shape[1] > 0 and available(matrix)
 
 
 def _prepare(settings: _Settings, matrix: Tensor, states: State, kept: State) -> tuple[TimeLoop, _Parts]:

@@ -110,8 +110,6 @@ class NaiveScan(TimeLoop):
         return self.gates.initial_gradients(self.carry)
 
 
-# Numbers of a matrix up to which the loop reads inputs and adds up gradients itself: beyond, BLAS does that faster.
-_SMALL = 1 << 14
 _MANY = 3  # rows, from which on a product with all of them beats one that all threads share: one more than FEW in feedback.h
 
 
@@ -156,30 +154,6 @@ class CompiledScan(TimeLoop):
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
         torch.ops.lmu_hf.scan_forward(
             *self.cell, first, count, self.chunk, known, self.matrix, self.states, self.kept, u, *self.forwards
-        )
-
-    def reads_inputs(self, weight: Tensor) -> bool:
-        return self.step.numel() + weight.numel() <= _SMALL
-
-    def forward_all(self, given: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        bias = None if bias is None else bias.contiguous()
-        matrices = (panels(weight), bias, self.matrix)
-        torch.ops.lmu_hf.recurrent_forward(*self.cell, given, *matrices, self.states, self.kept, self.step.shape[1])
-
-    def backward_all(self, given: Tensor, weight: Tensor, grad_given: Tensor | None, grad_matrix: Tensor | None) -> None:
-        torch.ops.lmu_hf.recurrent_backward(
-            *self.cell,
-            given,
-            self.transposed[0],
-            None if grad_given is None else panels(weight.mT),
-            self.states,
-            self.kept,
-            self.grads,
-            self.carries[0],
-            self.carries[-1],
-            grad_given,
-            grad_matrix,
-            self.step.shape[1],
         )
 
     def folded_forward(self, first: int, count: int, known: Tensor, starts: Tensor, operators: ChunkOperators) -> None:

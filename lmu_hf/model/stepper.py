@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .by_system import side_by_side
 from .cells import ACTIVATIONS
 from .compiled import available, panels
 from .folding import encoder_matrix
@@ -197,14 +198,13 @@ class LMUStepper:
     ) -> Callable[[_Row, _Row], Any]:
         """[m, x, h] -> the gates of the memory to come, and u; then [u, m] -> m', for the second row."""
         cell, like = self.cell, self._like
-        dims, order = cell.memory_d, cell.order
-        flat, others = dims * order, cell.input_size + (0 if weight is None else cell.state_sizes[0])
+        dims, flat = cell.memory_d, cell.memory_d * cell.order
+        others = cell.input_size + (0 if weight is None else cell.state_sizes[0])
         of_u, read = self._encoder_of_rows(encoder)
         matrix = like.new_zeros(flat + others, dims)
         matrix[read] = of_u
         constant = like.new_zeros(dims) if u_bias is None else u_bias
-        to_memory = torch.block_diag(*B.expand(dims, order)[:, None])
-        ahead = torch.block_diag(*A.mT.expand(dims, order, order))
+        ahead, to_memory = side_by_side(A, B, dims)
         if weight is not None:
             # m' K, of all that m' is made of
             of_memory, direct = weight.tensor_split([flat])

@@ -110,26 +110,6 @@ class TimeLoop:
         """Gradients of the initial states, after the last :meth:`backward`."""
         raise NotImplementedError
 
-    def reads_inputs(self, weight: Tensor) -> bool:
-        """Whether :meth:`forward_all` and :meth:`backward_all` are there, and best, for inputs with this weight (I, W)."""
-        return False
-
-    def forward_all(self, given: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        """Runs all steps of a loop without memory, whose sums are given (B, T, I) @ weight (I, W) + bias (W,) beside h."""
-        raise NotImplementedError
-
-    def backward_all(self, given: Tensor, weight: Tensor, grad_given: Tensor | None, grad_matrix: Tensor | None) -> None:
-        """The adjoint of :meth:`forward_all`, after :meth:`start_backward`.
-
-        Args:
-            given: as there.
-            weight: as there.
-            grad_given: where its gradient goes, contiguous, or None.
-            grad_matrix: where that of the matrix of the sums goes, with rows [h, given, 1, if there is a bias] (H + I [+ 1], W),
-                contiguous, or None.
-        """
-        raise NotImplementedError
-
     def folded_forward(self, first: int, count: int, known: Tensor, starts: Tensor, operators: ChunkOperators) -> None:
         """Runs steps whose u is known in advance, of a loop without memory, for which it is folded into their sums.
 

@@ -151,7 +151,7 @@ void feedback_backward(
   TORCH_CHECK(fold.is_contiguous() && grad_sums.stride(1) == grad_sums.size(2), "expected contiguous tensors");
   with_loop(kind, 0, chunk, states, kept, encoding, mask, activation, [&](const auto& loop) {
     using T = typename std::decay_t<decltype(loop)>::Type;
-    const Adjoint<T> adjoint(to_hidden, to_u, grads, carry, carried);
+    const Adjoint<T> adjoint(Panels<T>{to_hidden}, Panels<T>{to_u}, grads, carry, carried);
     const Sequence<T> inputs(grad_u), sums(grad_sums), later(arrived);
     std::optional<Sequence<T>> elsewhere;
     if (grad_starts) elsewhere.emplace(*grad_starts);

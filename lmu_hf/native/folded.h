@@ -28,7 +28,7 @@ void folded_backward(
     const at::Tensor& carry, const at::Tensor& carried) {
   with_loop(kind, 0, chunk, states, kept, {}, std::nullopt, "linear", [&](const auto& loop) {
     using T = typename std::decay_t<decltype(loop)>::Type;
-    const Adjoint<T> adjoint(to_hidden, to_hidden, grads, carry, carried);
+    const Adjoint<T> adjoint(Panels<T>{to_hidden}, Panels<T>{to_hidden}, grads, carry, carried);
     const Sequence<T> sums(grad_sums), begun(to_starts), no_u(grad_sums.narrow(2, 0, 0));
     const int64_t flat = begun.features, stride = padded(flat);
     over_rows(to_starts.size(0), [&](int64_t begin, int64_t end) {

@@ -58,8 +58,7 @@ struct Adjoint {
   T *carry, *carried;
 
   Adjoint(
-      const at::Tensor& to_hidden, const at::Tensor& to_u, at::TensorList grads, const at::Tensor& carry,
-      const at::Tensor& carried)
+      const Panels<T>& to_hidden, const Panels<T>& to_u, at::TensorList grads, const at::Tensor& carry, const at::Tensor& carried)
       : to_hidden(to_hidden),
         to_u(to_u),
         grads(sequences<T>(grads)),
@@ -355,7 +354,7 @@ void backward(
     const std::optional<at::Tensor>& mask, const std::string activation) {
   with_loop(kind, linear, chunk, states, kept, encoding, mask, activation, [&](const auto& loop) {
     using T = typename std::decay_t<decltype(loop)>::Type;
-    const Adjoint<T> adjoint(to_hidden, to_u, grads, carry, carried);
+    const Adjoint<T> adjoint(Panels<T>{to_hidden}, Panels<T>{to_u}, grads, carry, carried);
     loop.backward(first, count, adjoint, Sequence<T>(grad_u), Sequence<T>(grad_sums));
   });
 }

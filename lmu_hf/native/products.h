@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 namespace {
 
@@ -47,6 +48,24 @@ struct Panels {
   }
   Panels from_row(int64_t row) const { return {data + row * PANEL, stride}; }
   const T* column(int64_t column) const { return data + column / PANEL * stride + column % PANEL; }
+};
+
+// The same of a matrix of any strides, laid out here.
+template <typename T>
+class OwnPanels {
+ public:
+  explicit OwnPanels(const at::Tensor& matrix)
+      : inner(matrix.size(0)), data((matrix.size(1) + PANEL - 1) / PANEL * PANEL * matrix.size(0)) {
+    const T* from = matrix.data_ptr<T>();
+    for (int64_t k = 0; k < inner; ++k)
+      for (int64_t column = 0; column < matrix.size(1); ++column)
+        data[(column / PANEL * inner + k) * PANEL + column % PANEL] = from[k * matrix.stride(0) + column * matrix.stride(1)];
+  }
+  Panels<T> panels() const { return {data.data(), inner * PANEL}; }
+
+ private:
+  const int64_t inner;
+  std::vector<T> data;
 };
 
 constexpr int64_t TERMS = 64;  // of a sum at a time: a long sum in one go would round as often as it has terms

@@ -12,6 +12,7 @@
 #include "folded.h"
 #include "loop.h"
 #include "memory.h"
+#include "merged.h"
 #include "recurrent.h"
 #include "stream.h"
 
@@ -29,14 +30,20 @@ TORCH_LIBRARY(lmu_hf, library) {
       "scan_backward(str kind, int linear, int first, int count, int chunk, Tensor to_hidden, Tensor to_u, Tensor[] states, "
       "Tensor[] kept, Tensor[] grads, Tensor grad_u, Tensor(a!) grad_sums, Tensor(b!) carry, Tensor(c!) carried, "
       "Tensor[] encoding, Tensor? mask, str activation) -> ()");
-  // A loop without memory that reads its inputs (B, T, I), by a weight (I, W) in panels and a bias, and its adjoint: to_given is the
-  // transposed weight in panels, grad_matrix that of the rows [h, inputs, 1, if there is a bias] (H + I + 1, W).
+  // All steps of a loop without memory that reads its inputs (B, T, I): [h, inputs, 1] -> sums by a matrix as it is, with or without
+  // the last row. And its adjoint.
   library.def(
-      "recurrent_forward(str kind, int linear, Tensor given, Tensor weight, Tensor? bias, Tensor matrix, Tensor[] states, "
-      "Tensor(a!)[] kept, int width) -> ()");
+      "recurrent_forward(str kind, int linear, Tensor given, Tensor matrix, Tensor[] states, Tensor(a!)[] kept) -> ()");
   library.def(
-      "recurrent_backward(str kind, int linear, Tensor given, Tensor to_hidden, Tensor? to_given, Tensor[] states, Tensor[] kept, "
-      "Tensor[] grads, Tensor(a!) carry, Tensor(b!) carried, Tensor(c!)? grad_given, Tensor(d!)? grad_matrix, int width) -> ()");
+      "recurrent_backward(str kind, int linear, Tensor given, Tensor matrix, Tensor[] states, Tensor[] kept, Tensor[] grads, "
+      "Tensor(a!) carry, Tensor(b!) carried, Tensor(c!)? grad_given, Tensor(d!)? grad_matrix) -> ()");
+  // The matrix of such a loop, of the parts of a small LMU (merged.py), and the gradients of these.
+  library.def(
+      "merged_operator(int[] layout, Tensor A, Tensor B, Tensor kernel, Tensor? recurrent, Tensor? u_bias, Tensor weight, "
+      "Tensor? hidden, Tensor? bias) -> Tensor");
+  library.def(
+      "merged_operator_backward(int[] layout, Tensor grad, Tensor B, Tensor matrix, Tensor kernel, Tensor? recurrent, "
+      "Tensor? u_bias, Tensor weight, Tensor? hidden, Tensor? bias) -> Tensor?[]");
   // The chunks of a segment whose u is known: known (B, L, W), starts and to_starts (B, L / C, D * N), folds (C, D * N, W) in
   // panels, or (C, W, D * N) for the adjoint. Of the L steps, `count` are there.
   library.def(
@@ -76,6 +83,8 @@ TORCH_LIBRARY_IMPL(lmu_hf, CPU, library) {
   library.impl("scan_backward", &backward);
   library.impl("recurrent_forward", &recurrent_forward);
   library.impl("recurrent_backward", &recurrent_backward);
+  library.impl("merged_operator", &merged_operator);
+  library.impl("merged_operator_backward", &merged_operator_backward);
   library.impl("folded_forward", &folded_forward);
   library.impl("folded_backward", &folded_backward);
   library.impl("feedback_forward", &feedback_forward);

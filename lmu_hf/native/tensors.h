@@ -27,6 +27,16 @@ struct Sequence {
   Sequence(T* data, int64_t row, int64_t step, int64_t features) : data(data), row(row), step(step), features(features) {}
 };
 
+// A matrix, or a vector as its only row, of any strides.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t row, column;
+  explicit Matrix(const at::Tensor& tensor)
+      : data(tensor.data_ptr<T>()), row(tensor.dim() > 1 ? tensor.stride(0) : 0), column(tensor.stride(-1)) {}
+  T& at(int64_t r, int64_t c) const { return data[r * row + c * column]; }
+};
+
 template <typename T>
 std::vector<Sequence<T>> sequences(at::TensorList tensors) {
   std::vector<Sequence<T>> result;
