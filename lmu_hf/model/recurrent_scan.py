@@ -2,8 +2,8 @@
 
     sums[t] = [h[t-1], x[t], 1] M,      h[t] = what the cell makes of its sums
 
-It serves hidden cells whose inputs are known, and small LMUs as recurrences of [m, h]. Where M is small, the compiled loop reads
-x itself and adds up the gradient of M while it goes back. Otherwise what x contributes to the sums comes first, and the gradients
+It serves hidden cells whose inputs are known, and small LMUs as recurrences of [m, h]. Where M is not large, the compiled loop
+reads x itself and adds up the gradient of M while it goes back. Otherwise what x contributes to the sums comes first, and the gradients
 of M last, as products for a segment of time: nothing as long as the sequence is written but the states and what the cell keeps.
 
 Names: B batch, T time, H size of the first state, I inputs, W width of a step's sums.
@@ -26,7 +26,7 @@ from .scratch import Scratch, arriving, before_each, known_sums
 from .time_loop import State, TimeLoop
 
 # Numbers of a matrix up to which the compiled loop reads inputs and adds up gradients itself: beyond, BLAS does that faster.
-_SMALL = 1 << 14
+_SMALL = 1 << 18
 
 # A segment has about so many rows, steps times batch, for its products to run at full speed, but no more numbers than stay in the
 # cache; on CUDA what counts is how few kernels are launched.
@@ -80,7 +80,7 @@ class _RecurrentScan(torch.autograd.Function):
         cell, linear = settings.cell, settings.cell.linear
         states = tuple(state.contiguous() for state in states)
         kept = cell.allocate(states, given.shape[1])
-        if _reads_inputs(settings, given, matrix, states):
+        if _in_one_call(given, matrix):
             torch.ops.lmu_hf.recurrent_forward(*cell, given, matrix, states, kept)
         else:
             scan, parts = _prepare(settings, matrix, states, kept)
@@ -113,7 +113,7 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     arrived = arriving(_joined(grads, ctx.states, settings.cell.linear), kept)
     grad_given = torch.empty_like(given, memory_format=torch.contiguous_format) if wants_given else None
     grad_matrix = torch.empty_like(matrix, memory_format=torch.contiguous_format) if wants_matrix else None
-    if _reads_inputs(settings, given, matrix, states):
+    if _in_one_call(given, matrix):
         carries = [torch.zeros_like(state) for state in states]
         outer = [grad.contiguous() for grad in arrived]
         ways = (outer, carries[0], carries[-1], grad_given, grad_matrix)
@@ -146,10 +146,9 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     return grad_given, grad_matrix, *scan.initial_gradients()
 
 
-def _reads_inputs(settings: _Settings, given: Tensor, matrix: Tensor, states: State) -> bool:
-    """Whether one call does all, reading x by itself."""
-    rows = states[0].shape[1] + settings.constant
-    return rows < len(matrix) and matrix.numel() <= _SMALL and given.shape[1] > 0 and available(matrix)
+def _in_one_call(given: Tensor, matrix: Tensor) -> bool:
+    """Whether the compiled loop does all that belongs to the steps."""
+    return matrix.numel() <= _SMALL and available(matrix)
 
 
 def _prepare(settings: _Settings, matrix: Tensor, states: State, kept: State) -> tuple[TimeLoop, _Parts]:

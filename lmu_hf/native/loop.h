@@ -132,7 +132,7 @@ template <typename T>
 struct InputsAdjoint {
   Sequence<T> x;
   std::optional<WeightGradient<T>> weights;
-  std::optional<Panels<T>> to_x;
+  std::optional<Panels<T>> to_x;  // if the gradient of x is wanted
   Sequence<T> grad_x;
 };
 

@@ -1,5 +1,5 @@
-// A recurrence whose steps read the inputs themselves and, backwards, add up the gradients of their matrix: with few units, tensors
-// of the sums and of their gradients, and the products with these, would take longer than the steps.
+// A recurrence whose steps read the inputs themselves and, backwards, add up the gradients of their matrix. Tensors of the sums and
+// of their gradients, and products with these, would not stay in the cache; with few units they take longer than the steps.
 #pragma once
 
 #include "loop.h"
@@ -12,14 +12,15 @@ void recurrent_forward(
   with_loop(kind, linear, 1, states, kept, {}, std::nullopt, "linear", [&](const auto& loop) {
     using T = typename std::decay_t<decltype(loop)>::Type;
     const int64_t size = states[0].size(1), width = matrix.size(1), end = size + given.size(2);
+    const bool reads = matrix.size(0) > size;
     const OwnPanels<T> laid(matrix);
     std::vector<T> bias(width);
     const Matrix<T> rows(matrix);
     for (int64_t c = 0; end < matrix.size(0) && c < width; ++c) bias[c] = rows.at(end, c);
     const Inputs<T> inputs{Sequence<T>(given), laid.panels().from_row(size), bias.data()};
-    const auto no_sums = Sequence<T>::none(width), no_u = Sequence<T>::none(0);
+    const auto sums = reads ? Sequence<T>::none(width) : Sequence<T>(given), no_u = Sequence<T>::none(0);
     over_rows(given.size(0), [&](int64_t begin, int64_t end) {
-      loop.forward_rows(begin, end, 0, given.size(1), no_sums, laid.panels(), no_u, nullptr, &inputs);
+      loop.forward_rows(begin, end, 0, given.size(1), sums, laid.panels(), no_u, nullptr, reads ? &inputs : nullptr);
     });
   });
 }
@@ -33,17 +34,19 @@ void recurrent_backward(
     using T = typename std::decay_t<decltype(loop)>::Type;
     const int64_t size = states[0].size(1), width = matrix.size(1);
     const OwnPanels<T> to_hidden(matrix.narrow(0, 0, size).t());
-    const OwnPanels<T> to_given(matrix.narrow(0, size, grad_given ? given.size(2) : 0).t());
+    const bool reads = matrix.size(0) > size;
+    const OwnPanels<T> to_given(matrix.narrow(0, size, reads && grad_given ? given.size(2) : 0).t());
     const Adjoint<T> adjoint(to_hidden.panels(), to_hidden.panels(), grads, carry, carried);
-    const Sequence<T> x(given);
-    const auto no_sums = Sequence<T>::none(width), no_u = Sequence<T>::none(0);
+    const auto x = reads ? Sequence<T>(given) : Sequence<T>::none(0), no_u = Sequence<T>::none(0);
+    // Where the inputs are the sums, the gradient of the sums is theirs.
+    const auto sums = !reads && grad_given ? Sequence<T>(*grad_given) : Sequence<T>::none(width);
     // By thread, and added up in their order, so that equal runs round alike.
     std::vector<std::vector<T>> parts(at::get_num_threads());
     over_rows(given.size(0), [&](int64_t begin, int64_t end) {
       InputsAdjoint<T> reading{x, std::nullopt, std::nullopt, Sequence<T>::none(x.features)};
       if (grad_matrix) reading.weights.emplace(matrix.size(0), width);
-      if (grad_given) reading.to_x.emplace(to_given.panels()), reading.grad_x = Sequence<T>(*grad_given);
-      loop.backward_rows(begin, end, 0, given.size(1), adjoint, no_u, no_sums, nullptr, &reading);
+      if (reads && grad_given) reading.to_x.emplace(to_given.panels()), reading.grad_x = Sequence<T>(*grad_given);
+      loop.backward_rows(begin, end, 0, given.size(1), adjoint, no_u, sums, nullptr, &reading);
       if (!grad_matrix) return;
       auto& part = parts[at::get_thread_num()];
       part.resize(matrix.numel());

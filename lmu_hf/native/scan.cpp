@@ -31,7 +31,7 @@ TORCH_LIBRARY(lmu_hf, library) {
       "Tensor[] kept, Tensor[] grads, Tensor grad_u, Tensor(a!) grad_sums, Tensor(b!) carry, Tensor(c!) carried, "
       "Tensor[] encoding, Tensor? mask, str activation) -> ()");
   // All steps of a loop without memory that reads its inputs (B, T, I): [h, inputs, 1] -> sums by a matrix as it is, with or without
-  // the last row. And its adjoint.
+  // the last row; or, if the matrix has rows for h only, to whose sums they are added (B, T, W). And its adjoint.
   library.def(
       "recurrent_forward(str kind, int linear, Tensor given, Tensor matrix, Tensor[] states, Tensor(a!)[] kept) -> ()");
   library.def(

@@ -204,6 +204,6 @@ def test_large_matrices_are_left_to_blas(monkeypatch):
     read = []
     known_sums = module.known_sums
     monkeypatch.setattr(module, "known_sums", lambda *args: (read.append(len(args[1])), known_sums(*args))[1])
-    for size in (10, 500):
+    for size in (10, 600):
         assert_equal("tanh", 4, build("tanh", 4, size, 3, 2, 5))
     assert read == ([3] if lmu_hf.native.why_not() is None else [3, 3])
