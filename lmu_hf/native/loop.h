@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -136,14 +137,25 @@ struct InputsAdjoint {
   Sequence<T> grad_x;
 };
 
-// The steps of the chunks of one sequence.
-template <typename T, typename Cell>
+// The steps of the chunks of one sequence, of whatever cell: what calls them is compiled once for all.
+template <typename T>
 struct Loop {
   using Type = T;
   int64_t batch, linear, chunk;
   std::vector<const T*> initial;
   std::vector<Sequence<T>> kept;
   std::optional<Encoding<T>> encoding;
+
+  Loop(
+      int64_t linear, int64_t chunk, at::TensorList states, at::TensorList kept, at::TensorList encoding,
+      const std::optional<at::Tensor>& mask, const std::string& activation)
+      : batch(states[0].size(0)),
+        linear(linear),
+        chunk(chunk),
+        initial(pointers<T>(states)),
+        kept(sequences<T>(kept)),
+        encoding(Encoding<T>::of(encoding, mask, activation)) {}
+  virtual ~Loop() = default;
 
   // Runs `count` steps from step `first` on; `known` begins with it.
   void forward(
@@ -159,9 +171,22 @@ struct Loop {
     });
   }
 
+  // The same for the rows from `begin` to `end`.
+  virtual void forward_rows(
+      int64_t begin, int64_t end, int64_t first, int64_t count, const Sequence<T>& known, const Panels<T>& matrix,
+      const Sequence<T>& u, const Start<T>* start, const Inputs<T>* inputs = nullptr) const = 0;
+  virtual void backward_rows(
+      int64_t begin, int64_t end, int64_t first, int64_t count, const Adjoint<T>& adjoint, const Sequence<T>& grad_u,
+      const Sequence<T>& grad_sums, const Start<T>* start, InputsAdjoint<T>* reading = nullptr) const = 0;
+};
+
+template <typename T, typename Cell>
+struct CellLoop final : Loop<T> {
+  using Loop<T>::Loop, Loop<T>::linear, Loop<T>::chunk, Loop<T>::initial, Loop<T>::kept, Loop<T>::encoding;
+
   void forward_rows(
       int64_t begin, int64_t end, int64_t first, int64_t count, const Sequence<T>& known, const Panels<T>& matrix,
-      const Sequence<T>& u, const Start<T>* start, const Inputs<T>* inputs = nullptr) const {
+      const Sequence<T>& u, const Start<T>* start, const Inputs<T>* inputs) const override {
     const int64_t dims = u.features, size = kept[0].features, width = known.features;
     const int64_t u_stride = chunk * dims + 1, rows = end - begin;
     const Panels<T> from_hidden = matrix.from_row(dims ? (chunk - 1) * dims : 0);
@@ -225,7 +250,7 @@ struct Loop {
 
   void backward_rows(
       int64_t begin, int64_t end, int64_t first, int64_t count, const Adjoint<T>& adjoint, const Sequence<T>& grad_u,
-      const Sequence<T>& grad_sums, const Start<T>* start, InputsAdjoint<T>* reading = nullptr) const {
+      const Sequence<T>& grad_sums, const Start<T>* start, InputsAdjoint<T>* reading) const override {
     const int64_t dims = grad_u.features, size = kept[0].features, width = grad_sums.features;
     const int64_t rows = end - begin, h_stride = padded(size), w_stride = padded(width), u_stride = padded(chunk * dims);
     std::vector<T> grad(rows * h_stride), wide(rows * w_stride), inputs(PANEL + rows * u_stride), rest(rows * h_stride);
@@ -329,11 +354,11 @@ void with_loop(
     const std::optional<at::Tensor>& mask, const std::string& activation, const Function& function) {
   with_type(states[0], [&](auto scalar) {
     using T = decltype(scalar);
+    std::unique_ptr<const Loop<T>> loop;
     with_cell(kind, [&](auto cell) {
-      function(Loop<T, decltype(cell)>{
-          states[0].size(0), linear, chunk, pointers<T>(states), sequences<T>(kept),
-          Encoding<T>::of(encoding, mask, activation)});
+      loop = std::make_unique<CellLoop<T, decltype(cell)>>(linear, chunk, states, kept, encoding, mask, activation);
     });
+    function(*loop);
   });
 }
 
