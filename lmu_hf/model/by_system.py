@@ -63,7 +63,7 @@ def product(rows: Tensor, stack: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def side_by_side(A: Tensor, B: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-    """The systems of D memory dimensions, A (S, N, N) and B (S, N), as one: m' = m @ A' + u @ B' for m (rows, D * N), u (rows, D).
+    """The systems of D memory dimensions, A (S, N, N) and B (S, N), as one: m' = m @ A' + u @ B', m (rows, D * N), u (rows, D).
 
     Returns:
         A' (D * N, D * N) and B' (D, D * N), zero but for the block of each dimension.

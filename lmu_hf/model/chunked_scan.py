@@ -64,6 +64,8 @@ def chunked_scan(
         u (B, K * C, D), zero past T, where it is computed here; the memory at the start of each chunk (B, K, D * N); and each
         state tensor after every step (B, T, H).
     """
+    if given is not None and given.stride(2) != 1:
+        given = given.contiguous()
     inputs = (given, weight, bias, u, memory, *operators, *states)
     u, starts, *sequences = _ChunkedScan.apply(_Settings(cell, steps, activation), *inputs)
     return u, starts, tuple(sequences)
@@ -131,8 +133,12 @@ class _ChunkedScan(torch.autograd.Function):
         scan = _make_scan(ctx, operators, u, states, kept)
         nothing = step.new_empty(batch, steps, 0)
         scratch = Scratch(step)
+        reads = feedback and given is not None and weight is not None and scan.reads(given, weight, bias)
         for first, length in sizes.segments():
-            known = known_sums(of_steps(given, first, length), weight, bias, (batch, length, width), scratch)
+            if reads:
+                known = step.new_empty(batch, length, 0)
+            else:
+                known = known_sums(of_steps(given, first, length), weight, bias, (batch, length, width), scratch)
             if feedback:
                 memory = scan.feedback_forward(first, known, u, starts, memory, operators)
                 continue
@@ -179,6 +185,15 @@ class _ChunkedScan(torch.autograd.Function):
         scan.start_backward(arriving(grad_sequences, kept))
         grad_given = torch.empty_like(given) if needed["given"] else None
         weights = {"weight": weight, "bias": bias, **operators._asdict()}
+        added: dict[str, Tensor] = {}  # what the loop adds up
+        if feedback and given is not None:
+            rows = {"step": len(step), "weight": len(weight), "bias": int(bias is not None)}
+            wanted = any(needed[name] for name in rows)
+            joined = step.new_zeros(sum(rows.values()), width) if wanted else None
+            if scan.adds_up(given, weight, u, grad_given, joined):
+                parts = () if joined is None else zip(rows, joined.split(list(rows.values())), strict=True)
+                added = {name: part.view(weights[name].shape) for name, part in parts if needed[name]}
+                needed.update(given=False, step=False, weight=False, bias=False)
         # Contiguous, whatever the strides of a weight: those of a view with one row are refused by cuBLAS. Those that products
         # add to are written by the first.
         grads = {
@@ -246,9 +261,10 @@ class _ChunkedScan(torch.autograd.Function):
                 grads["bias"] += flat.sum(0)
             if "weight" in grads:
                 grads["weight"].addmm_(of_steps(given, first, length).flatten(0, 1).mT, flat, beta=beta)
-            if grad_given is not None:
+            if grad_given is not None and needed["given"]:
                 count = min(length, steps - first)
                 grad_given[:, first : first + count] = (grad @ weight.mT)[:, :count]
+        grads |= added
         return (
             None,
             grad_given,

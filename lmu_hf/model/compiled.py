@@ -10,6 +10,9 @@ from torch import Tensor
 LARGEST_ORDER = 32
 SMALL_ORDER = 8
 
+# Numbers of a matrix up to which the compiled loop reads inputs and adds up gradients itself: beyond, BLAS does that faster.
+MOST_NUMBERS = 1 << 18
+
 # Columns of a panel, as in products.h.
 _PANEL = 16
 

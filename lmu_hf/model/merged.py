@@ -88,8 +88,9 @@ def merged_operator(cell: LMUCell, weights: GateWeights, system: DelaySystem, *,
     _, weight, hidden, bias = weights
     dims, linear, dtype = cell.memory_d, cell.memory_d * cell.order, weight.dtype
     kernel = torch.eye(dims, dtype=dtype, device=weight.device) if known else encoder_matrix(cell, weight)
-    further = (cell.recurrent_kernel, None if known else cell.bias)
-    parts = _Parts(kernel, *(None if part is None else part.to(dtype) for part in further), weight, hidden, bias)
+    recurrent = None if cell.recurrent_kernel is None else cell.recurrent_kernel.to(dtype)
+    u_bias = None if known or cell.bias is None else cell.bias.to(dtype)
+    parts = _Parts(kernel, recurrent, u_bias, weight, hidden, bias)
     entering, at_entering = (dims if known else cell.input_size), linear + cell.state_sizes[0]
     at_input = at_entering + dims * known
     constant = parts.u_bias is not None or bias is not None

@@ -3,8 +3,9 @@
     sums[t] = [h[t-1], x[t], 1] M,      h[t] = what the cell makes of its sums
 
 It serves hidden cells whose inputs are known, and small LMUs as recurrences of [m, h]. Where M is not large, the compiled loop
-reads x itself and adds up the gradient of M while it goes back. Otherwise what x contributes to the sums comes first, and the gradients
-of M last, as products for a segment of time: nothing as long as the sequence is written but the states and what the cell keeps.
+reads x itself and adds up the gradient of M while it goes back. Otherwise what x contributes to the sums comes first, and the
+gradients of M last, as products for a segment of time: nothing as long as the sequence is written but the states and what the
+cell keeps.
 
 Names: B batch, T time, H size of the first state, I inputs, W width of a step's sums.
 """
@@ -18,15 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import available
+from .compiled import MOST_NUMBERS, available
 from .gates import Pointwise
 from .precision import full_float32
 from .scan import scan_class
 from .scratch import Scratch, arriving, before_each, known_sums
 from .time_loop import State, TimeLoop
-
-# Numbers of a matrix up to which the compiled loop reads inputs and adds up gradients itself: beyond, BLAS does that faster.
-_SMALL = 1 << 18
 
 # A segment has about so many rows, steps times batch, for its products to run at full speed, but no more numbers than stay in the
 # cache; on CUDA what counts is how few kernels are launched.
@@ -81,7 +79,8 @@ class _RecurrentScan(torch.autograd.Function):
         states = tuple(state.contiguous() for state in states)
         kept = cell.allocate(states, given.shape[1])
         if _in_one_call(given, matrix):
-            torch.ops.lmu_hf.recurrent_forward(*cell, given, matrix, states, kept)
+            alone = matrix.new_empty(*given.shape[:2], states[0].shape[1] - linear) if linear else None
+            torch.ops.lmu_hf.recurrent_forward(*cell, given, matrix, states, kept, alone)
         else:
             scan, parts = _prepare(settings, matrix, states, kept)
             scratch, width = Scratch(matrix), matrix.shape[1]
@@ -90,11 +89,11 @@ class _RecurrentScan(torch.autograd.Function):
                 with full_float32(matrix) if linear else nullcontext():  # then it is part of the memory
                     known = known_sums(part, parts.weight, parts.bias, (len(part), length, width), scratch)
                 scan.forward(first, length, known, known[..., :0])
+            alone = kept[0][..., linear:].clone(memory_format=torch.contiguous_format) if linear else None
         ctx.save_for_backward(given, matrix, *states, *kept)
         ctx.settings, ctx.states, ctx.device_type = settings, len(states), matrix.device.type
         ctx.set_materialize_grads(False)
-        alone = (kept[0][..., linear:].clone(memory_format=torch.contiguous_format),) if linear else ()
-        return *kept[: len(states)], *alone
+        return *kept[: len(states)], *(() if alone is None else (alone,))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
@@ -148,7 +147,7 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
 
 def _in_one_call(given: Tensor, matrix: Tensor) -> bool:
     """Whether the compiled loop does all that belongs to the steps."""
-    return matrix.numel() <= _SMALL and available(matrix)
+    return matrix.numel() <= MOST_NUMBERS and available(matrix)
 
 
 def _prepare(settings: _Settings, matrix: Tensor, states: State, kept: State) -> tuple[TimeLoop, _Parts]:

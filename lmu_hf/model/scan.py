@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import available, panels
+from .compiled import MOST_NUMBERS, available, panels
 from .folding import ChunkOperators
 from .gates import GATES
 from .precision import full_float32
@@ -122,6 +122,7 @@ class CompiledScan(TimeLoop):
         super().__init__(*args, **kwargs)
         self.states = tuple(state.contiguous() for state in self.states)
         self.advance: tuple[Tensor | None, ...] = ()  # of this direction
+        self.reading: tuple[Tensor | None, ...] = ()  # what it needs to read inputs, and to add up gradients
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -143,10 +144,14 @@ class CompiledScan(TimeLoop):
         encoder, direct, mask, activation, u = self.encoding
         return [panels(encoder.mT), panels(direct.mT), u], mask, activation
 
+    def _apart(self) -> bool:
+        """Whether there are rows for every thread, so that none waits for others."""
+        return len(self.states[0]) >= max(torch.get_num_threads(), _MANY)
+
     def _folds(self, operators: ChunkOperators, *, transposed: bool = False) -> Tensor | None:
-        """``operators.fold`` by steps, if there are rows for every thread, so that none waits for others in each chunk."""
+        """``operators.fold`` by steps, where threads need not share the product with it in each chunk."""
         assert operators.fold is not None
-        if len(self.states[0]) < max(torch.get_num_threads(), _MANY):
+        if not self._apart():
             return None
         by_step = operators.fold.unflatten(1, (self.chunk, -1)).transpose(0, 1)
         return panels(by_step.mT if transposed else by_step)
@@ -164,6 +169,20 @@ class CompiledScan(TimeLoop):
         torch.ops.lmu_hf.folded_forward(
             self.cell.kind, first, count, self.chunk, known, *self.advance, starts, self.matrix, self.states, self.kept
         )
+
+    def reads(self, given: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        if not self._apart() or self.step.numel() + weight.numel() > MOST_NUMBERS:
+            return False
+        self.reading = given, panels(weight), None if bias is None else bias.contiguous()
+        return True
+
+    def adds_up(
+        self, given: Tensor, weight: Tensor, u: Tensor, grad_given: Tensor | None, grad_matrix: Tensor | None
+    ) -> bool:
+        if not self._apart() or self.step.numel() + weight.numel() > MOST_NUMBERS:
+            return False
+        self.reading = given, None if grad_given is None else panels(weight.mT), u, grad_given, grad_matrix
+        return True
 
     def feedback_forward(
         self, first: int, known: Tensor, u: Tensor, starts: Tensor, memory: Tensor, operators: ChunkOperators
@@ -185,6 +204,7 @@ class CompiledScan(TimeLoop):
             starts,
             memory,
             *self.forwards,
+            *(self.reading or (None,) * 3),
         )
         return memory
 
@@ -245,6 +265,7 @@ class CompiledScan(TimeLoop):
             grad_starts,
             arrived,
             *self.backwards,
+            *(self.reading or (None,) * 5),
         )
 
     def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:

@@ -142,6 +142,30 @@ class TimeLoop:
         with full_float32(grad_sums):
             torch.mm(grad_sums.view(to_starts.shape[:2].numel(), -1), operators.fold.mT, out=to_starts.flatten(0, 1))
 
+    def reads(self, given: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Asks :meth:`feedback_forward` to compute by itself what the inputs contribute to the sums; returns whether it will.
+
+        Args:
+            given: inputs of all steps (B, T, I), with contiguous features.
+            weight: (I, W).
+            bias: (W,) or None.
+        """
+        return False
+
+    def adds_up(
+        self, given: Tensor, weight: Tensor, u: Tensor, grad_given: Tensor | None, grad_matrix: Tensor | None
+    ) -> bool:
+        """Asks :meth:`feedback_backward` for the gradients of inputs, step matrix, weight and bias; returns whether it will.
+
+        Args:
+            given: as above.
+            weight: as above.
+            u: the memory's input (B, K * C, D).
+            grad_given: where the gradient of ``given`` goes, or None.
+            grad_matrix: to what those of [step, weight, bias if there is one], one below the other, are added, or None.
+        """
+        return False
+
     def feedback_forward(
         self, first: int, known: Tensor, u: Tensor, starts: Tensor, memory: Tensor, operators: ChunkOperators
     ) -> Tensor:
@@ -149,7 +173,8 @@ class TimeLoop:
 
         Args:
             first: the first step of the segment.
-            known: what the inputs contribute to the sums (B, L, W), L a multiple of C; overwritten.
+            known: what the inputs contribute to the sums (B, L, W), L a multiple of C; overwritten. Without features where the
+                loop :meth:`reads` them.
             u: where the memory's input goes (B, K * C, D), all K chunks of the sequence.
             starts: where the memory at the start of each chunk goes (B, K, D * N).
             memory: m before the segment (B, D, N).

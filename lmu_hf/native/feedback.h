@@ -98,15 +98,21 @@ void feedback_forward(
     const std::string kind, int64_t first, const at::Tensor& known, const at::Tensor& fold,
     const std::optional<at::Tensor>& folds, const at::Tensor& power, const at::Tensor& response, const at::Tensor& matrix,
     at::TensorList states, at::TensorList kept, const at::Tensor& u, const at::Tensor& starts, const at::Tensor& memory,
-    at::TensorList encoding, const std::optional<at::Tensor>& mask, const std::string activation) {
+    at::TensorList encoding, const std::optional<at::Tensor>& mask, const std::string activation,
+    const std::optional<at::Tensor>& given, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias) {
   const int64_t chunk = response.size(2), steps = kept[0].size(1), total = u.size(1), batch = u.size(0), dims = u.size(2);
   const int64_t order = memory.size(2), flat = dims * order, grain = std::max<int64_t>(1, 64 / dims);
+  TORCH_CHECK(!given || (folds && weight), "rows that wait for one another do not read their inputs");
   TORCH_CHECK(
-      memory.is_contiguous() && fold.is_contiguous() && known.stride(1) == known.size(2), "expected contiguous tensors");
+      memory.is_contiguous() && fold.is_contiguous() && (given || known.stride(1) == known.size(2)),
+      "expected contiguous tensors");
+  TORCH_CHECK(!bias || bias->is_contiguous(), "expected a contiguous bias");
   const at::Tensor rows = memory.view({batch, flat});
   with_loop(kind, 0, chunk, states, kept, encoding, mask, activation, [&](const auto& loop) {
     using T = typename std::decay_t<decltype(loop)>::Type;
-    const Sequence<T> sums(known), inputs(u), begun(starts);
+    const Sequence<T> inputs(u), begun(starts);
+    const auto sums = given ? Sequence<T>::none(fold.size(1) / chunk) : Sequence<T>(known);
+    const auto x = given ? Sequence<T>(*given) : Sequence<T>::none(0);
     const Panels<T> panels(matrix);
     T* now = memory.data_ptr<T>();
     const auto keep = [&](int64_t begin, int64_t end, int64_t at) {
@@ -125,8 +131,11 @@ void feedback_forward(
         const Start<T> start{*folds, now + begin * flat, flat, flat};
         for (int64_t at = first; at < last; at += chunk) {
           keep(begin, end, at);
+          std::optional<Inputs<T>> reading;
+          if (given) reading = Inputs<T>{x.from(at), Panels<T>(*weight), bias ? bias->data_ptr<T>() : nullptr};
           loop.forward_rows(
-              begin, end, at, std::min(chunk, steps - at), sums.from(at - first), panels, inputs, &start);
+              begin, end, at, std::min(chunk, steps - at), sums.from(at - first), panels, inputs, &start,
+              reading ? &*reading : nullptr);
           if (at + chunk < total) go_on(begin, end, at);
         }
       });
@@ -145,10 +154,15 @@ void feedback_backward(
     const at::Tensor& power, const at::Tensor& response, const at::Tensor& to_hidden, const at::Tensor& to_u,
     at::TensorList states, at::TensorList kept, at::TensorList grads, const at::Tensor& grad_u, const at::Tensor& grad_sums,
     const at::Tensor& carry, const at::Tensor& carried, const std::optional<at::Tensor>& grad_starts, const at::Tensor& arrived,
-    at::TensorList encoding, const std::optional<at::Tensor>& mask, const std::string activation) {
+    at::TensorList encoding, const std::optional<at::Tensor>& mask, const std::string activation,
+    const std::optional<at::Tensor>& given, const std::optional<at::Tensor>& to_given, const std::optional<at::Tensor>& u,
+    const std::optional<at::Tensor>& grad_given, const std::optional<at::Tensor>& grad_matrix) {
   const int64_t chunks = arrived.size(1) - 1, chunk = grad_sums.size(1) / chunks, steps = kept[0].size(1);
   const int64_t batch = grad_u.size(0), dims = grad_u.size(2), order = response.size(2), flat = dims * order;
   TORCH_CHECK(fold.is_contiguous() && grad_sums.stride(1) == grad_sums.size(2), "expected contiguous tensors");
+  TORCH_CHECK(
+      !given || (folds && u && u->is_contiguous() && grad_given.has_value() == to_given.has_value()),
+      "expected all that the gradients of the inputs take");
   with_loop(kind, 0, chunk, states, kept, encoding, mask, activation, [&](const auto& loop) {
     using T = typename std::decay_t<decltype(loop)>::Type;
     const Adjoint<T> adjoint(Panels<T>{to_hidden}, Panels<T>{to_u}, grads, carry, carried);
@@ -173,20 +187,34 @@ void feedback_backward(
         for (int64_t i = 0; i < flat; ++i) to[i] = from[i] + (more ? more[i] : T(0));
       }
     };
-    if (folds)
-      return over_rows(batch, [&](int64_t begin, int64_t end) {
+    if (folds) {
+      PartialSums<T> parts;
+      over_rows(batch, [&](int64_t begin, int64_t end) {
         const int64_t rows = end - begin, stride = padded(flat);
+        std::optional<WeightGradient<T>> weights;
+        if (grad_matrix) weights.emplace(grad_matrix->size(0), grad_matrix->size(1));
         std::vector<T> now(rows * flat), reached(rows * stride);
         const Start<T> memory{*folds, reached.data(), flat, stride};
         for (int64_t index = chunks - 1; index >= 0; --index) {
           const int64_t at = first + index * chunk;
           send_back(begin, end, index, now.data());
           for (int64_t r = 0; r < rows; ++r) std::memcpy(&reached[r * stride], &now[r * flat], flat * sizeof(T));
+          std::optional<InputsAdjoint<T>> reading;
+          if (given) {
+            reading = InputsAdjoint<T>{
+                Sequence<T>(*given).from(at), Sequence<T>(*u).from(at), weights ? &*weights : nullptr};
+            if (grad_given) reading->to_x.emplace(*to_given), reading->grad_x = Sequence<T>(*grad_given).from(at);
+          }
           loop.backward_rows(
-              begin, end, at, std::min(chunk, steps - at), adjoint, inputs.from(at), sums.from(at - first), &memory);
+              begin, end, at, std::min(chunk, steps - at), adjoint, inputs.from(at), sums.from(at - first), &memory,
+              reading ? &*reading : nullptr);
           keep(begin, end, index, reached.data(), stride);
         }
+        if (weights) parts.add(*weights);
       });
+      if (grad_matrix) parts.add_to(*grad_matrix);
+      return;
+    }
     const at::Tensor start = at::empty({batch, flat}, fold.options());
     T* now = start.data_ptr<T>();
     for (int64_t index = chunks - 1; index >= 0; --index) {

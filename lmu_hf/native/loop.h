@@ -82,11 +82,12 @@ template <typename T>
 struct Inputs {
   Sequence<T> x;
   Panels<T> weight;
-  const T* bias;  // or nullptr
+  const T* bias;                               // or nullptr
+  Sequence<T> alone = Sequence<T>::none(0);  // where h goes once more, without the memory in front of it
 };
 
-// The gradient of a matrix [h, x, 1] -> sums, of rows that are collected until they make a product: so they never leave the cache
-// of their core.
+// The gradient of a matrix [u before, h, x, 1] -> sums, of rows that are collected until they make a product: so they never leave
+// the cache of their core.
 template <typename T>
 class WeightGradient {
  public:
@@ -98,15 +99,20 @@ class WeightGradient {
         right(padded(width) * ROWS),
         total(features * stride) {}
 
-  // Adds a row. Features past those of h and x are ones.
-  void add(const T* h, int64_t size, const T* x, int64_t inputs, const T* grad) {
+  // Adds a row, whose u are those of the last `lags` steps, the first `missing` of them zeros. Features past those of x are ones.
+  void add(
+      int64_t missing, const T* u, int64_t lags, const T* h, int64_t size, const T* x, int64_t inputs, const T* grad) {
     T* row = &left[filled * features];
-    std::memcpy(row, h, size * sizeof(T));
-    std::memcpy(row + size, x, inputs * sizeof(T));
+    std::fill_n(row, missing, T(0));
+    std::copy_n(u, lags - missing, row + missing);
+    std::copy_n(h, size, row + lags);
+    std::copy_n(x, inputs, row + lags + size);
     for (int64_t column = 0; column < width; column += PANEL)
       std::memcpy(&right[column * ROWS + filled * PANEL], grad + column, PANEL * sizeof(T));
     if (++filled == ROWS) multiply();
   }
+
+  int64_t size() const { return features * width; }
 
   // The sum so far, which is added to `to` (features, width).
   void add_to(T* to) {
@@ -128,13 +134,31 @@ class WeightGradient {
   }
 };
 
-// The adjoint of Inputs.
+// Such gradients by thread, added up in the order of threads, so that equal runs round alike.
+template <typename T>
+class PartialSums {
+ public:
+  void add(WeightGradient<T>& gradient) {
+    auto& part = parts[at::get_thread_num()];
+    part.resize(gradient.size());
+    gradient.add_to(part.data());
+  }
+  void add_to(const at::Tensor& total) {
+    for (const auto& part : parts)
+      for (size_t i = 0; i < part.size(); ++i) total.data_ptr<T>()[i] += part[i];
+  }
+
+ private:
+  std::vector<std::vector<T>> parts = std::vector<std::vector<T>>(at::get_num_threads());
+};
+
+// The adjoint of Inputs, and the gradient of the matrix of a step; u are those of the chunk, if they are in it.
 template <typename T>
 struct InputsAdjoint {
-  Sequence<T> x;
-  std::optional<WeightGradient<T>> weights;
-  std::optional<Panels<T>> to_x;  // if the gradient of x is wanted
-  Sequence<T> grad_x;
+  Sequence<T> x, u;
+  WeightGradient<T>* weights;  // or nullptr
+  std::optional<Panels<T>> to_x = std::nullopt;  // if the gradient of x is wanted
+  Sequence<T> grad_x = Sequence<T>::none(0);
 };
 
 // The steps of the chunks of one sequence, of whatever cell: what calls them is compiled once for all.
@@ -244,6 +268,7 @@ struct CellLoop final : Loop<T> {
         }
         std::memcpy(now[0] - linear, sum + dims, linear * sizeof(T));
         Cell::template step<T>(size - linear, sum + dims + linear, before, now);
+        if (inputs && inputs->alone) std::copy_n(now[0], size - linear, inputs->alone.at(begin + r, t));
       }
     }
   }
@@ -313,6 +338,7 @@ struct CellLoop final : Loop<T> {
         if (reading->weights)
           for (int64_t r = 0; r < rows; ++r)
             reading->weights->add(
+                (chunk - 1 - j) * dims, reading->u.at(begin + r, 0), (chunk - 1) * dims,
                 t > 0 ? kept[0].at(begin + r, t - 1) : initial[0] + (begin + r) * size, size, reading->x.at(begin + r, j),
                 features, &wide[r * w_stride]);
         if (reading->to_x) {

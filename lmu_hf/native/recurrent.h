@@ -8,16 +8,18 @@ namespace {
 
 void recurrent_forward(
     const std::string kind, int64_t linear, const at::Tensor& given, const at::Tensor& matrix, at::TensorList states,
-    at::TensorList kept) {
+    at::TensorList kept, const std::optional<at::Tensor>& alone) {
   with_loop(kind, linear, 1, states, kept, {}, std::nullopt, "linear", [&](const auto& loop) {
     using T = typename std::decay_t<decltype(loop)>::Type;
     const int64_t size = states[0].size(1), width = matrix.size(1), end = size + given.size(2);
     const bool reads = matrix.size(0) > size;
+    TORCH_CHECK(reads || !alone, "expected inputs behind a memory");
     const OwnPanels<T> laid(matrix);
     std::vector<T> bias(width);
     const Matrix<T> rows(matrix);
     for (int64_t c = 0; end < matrix.size(0) && c < width; ++c) bias[c] = rows.at(end, c);
-    const Inputs<T> inputs{Sequence<T>(given), laid.panels().from_row(size), bias.data()};
+    const Inputs<T> inputs{
+        Sequence<T>(given), laid.panels().from_row(size), bias.data(), alone ? Sequence<T>(*alone) : Sequence<T>::none(0)};
     const auto sums = reads ? Sequence<T>::none(width) : Sequence<T>(given), no_u = Sequence<T>::none(0);
     over_rows(given.size(0), [&](int64_t begin, int64_t end) {
       loop.forward_rows(begin, end, 0, given.size(1), sums, laid.panels(), no_u, nullptr, reads ? &inputs : nullptr);
@@ -40,23 +42,16 @@ void recurrent_backward(
     const auto x = reads ? Sequence<T>(given) : Sequence<T>::none(0), no_u = Sequence<T>::none(0);
     // Where the inputs are the sums, the gradient of the sums is theirs.
     const auto sums = !reads && grad_given ? Sequence<T>(*grad_given) : Sequence<T>::none(width);
-    // By thread, and added up in their order, so that equal runs round alike.
-    std::vector<std::vector<T>> parts(at::get_num_threads());
+    PartialSums<T> parts;
     over_rows(given.size(0), [&](int64_t begin, int64_t end) {
-      InputsAdjoint<T> reading{x, std::nullopt, std::nullopt, Sequence<T>::none(x.features)};
-      if (grad_matrix) reading.weights.emplace(matrix.size(0), width);
+      std::optional<WeightGradient<T>> weights;
+      if (grad_matrix) weights.emplace(matrix.size(0), width);
+      InputsAdjoint<T> reading{x, no_u, weights ? &*weights : nullptr};
       if (reads && grad_given) reading.to_x.emplace(to_given.panels()), reading.grad_x = Sequence<T>(*grad_given);
       loop.backward_rows(begin, end, 0, given.size(1), adjoint, no_u, sums, nullptr, &reading);
-      if (!grad_matrix) return;
-      auto& part = parts[at::get_thread_num()];
-      part.resize(matrix.numel());
-      reading.weights->add_to(part.data());
+      if (weights) parts.add(*weights);
     });
-    if (!grad_matrix) return;
-    T* total = grad_matrix->data_ptr<T>();
-    std::fill_n(total, matrix.numel(), T(0));
-    for (const auto& part : parts)
-      for (size_t i = 0; i < part.size(); ++i) total[i] += part[i];
+    if (grad_matrix) parts.add_to(grad_matrix->zero_());
   });
 }
 }  // namespace

@@ -31,9 +31,10 @@ TORCH_LIBRARY(lmu_hf, library) {
       "Tensor[] kept, Tensor[] grads, Tensor grad_u, Tensor(a!) grad_sums, Tensor(b!) carry, Tensor(c!) carried, "
       "Tensor[] encoding, Tensor? mask, str activation) -> ()");
   // All steps of a loop without memory that reads its inputs (B, T, I): [h, inputs, 1] -> sums by a matrix as it is, with or without
-  // the last row; or, if the matrix has rows for h only, to whose sums they are added (B, T, W). And its adjoint.
+  // the last row; or, if the matrix has rows for h only, to whose sums they are added (B, T, W). With memory in front of h, `alone` takes h once more. And its adjoint.
   library.def(
-      "recurrent_forward(str kind, int linear, Tensor given, Tensor matrix, Tensor[] states, Tensor(a!)[] kept) -> ()");
+      "recurrent_forward(str kind, int linear, Tensor given, Tensor matrix, Tensor[] states, Tensor(a!)[] kept, "
+      "Tensor(b!)? alone) -> ()");
   library.def(
       "recurrent_backward(str kind, int linear, Tensor given, Tensor matrix, Tensor[] states, Tensor[] kept, Tensor[] grads, "
       "Tensor(a!) carry, Tensor(b!) carried, Tensor(c!)? grad_given, Tensor(d!)? grad_matrix) -> ()");
@@ -55,16 +56,19 @@ TORCH_LIBRARY(lmu_hf, library) {
   // The chunks of a segment, L steps from `first` on: fold (D * N, C * W), starts (B, K, D * N), memory (B, D, N), which is
   // updated, and known (B, L, W); powers, A^C transposed (S, N, N), and responses (S, C, N) in panels. With `folds`, the fold as
   // (C, D * N, W) in panels, each thread takes its rows through all chunks; without, the product with it is for all threads.
+  // With `given` (B, T, I), of all steps, they read their inputs by a weight in panels and a bias, and `known` has no features.
   library.def(
       "feedback_forward(str kind, int first, Tensor(d!) known, Tensor fold, Tensor? folds, Tensor power, Tensor response, "
       "Tensor matrix, Tensor[] states, Tensor(a!)[] kept, Tensor(b!) u, Tensor(c!) starts, Tensor(e!) memory, "
-      "Tensor[] encoding, Tensor? mask, str activation) -> ()");
+      "Tensor[] encoding, Tensor? mask, str activation, Tensor? given, Tensor? weight, Tensor? bias) -> ()");
   // Its adjoint, with power A^C and response (S, N, C) in panels, and folds (C, W, D * N). `arrived` (B, K + 1, D * N) takes the
-  // gradients of the memory at the start of each of these K chunks; in its last place comes that of the memory after them.
+  // gradients of the memory at the start of each of these K chunks; in its last place comes that of the memory after them. With
+  // `given`, grad_matrix is added to, with rows [u before, h, inputs, 1, if there is a bias].
   library.def(
       "feedback_backward(str kind, int first, Tensor fold, Tensor? folds, Tensor power, Tensor response, Tensor to_hidden, "
       "Tensor to_u, Tensor[] states, Tensor[] kept, Tensor[] grads, Tensor(a!) grad_u, Tensor(b!) grad_sums, Tensor(c!) carry, "
-      "Tensor(d!) carried, Tensor? grad_starts, Tensor(e!) arrived, Tensor[] encoding, Tensor? mask, str activation) -> ()");
+      "Tensor(d!) carried, Tensor? grad_starts, Tensor(e!) arrived, Tensor[] encoding, Tensor? mask, str activation, "
+      "Tensor? given, Tensor? to_given, Tensor? u, Tensor(f!)? grad_given, Tensor(g!)? grad_matrix) -> ()");
   // A kernel (D, T, W) as its spectrum, in an order of its own; u (B, T, D) convolved with it, which is added to out (B, T, W); and
   // the adjoint, where grad_u is overwritten and grad_kernel added to.
   library.def("convolution_spectrum(Tensor kernel, int size) -> Tensor");

@@ -57,7 +57,7 @@ def way(request, monkeypatch):
     elif lmu_hf.native.why_not() is not None:
         pytest.skip(f"no compiled loop: {lmu_hf.native.why_not()}")
     if request.param != "reads":
-        monkeypatch.setattr(module, "_SMALL", 0)
+        monkeypatch.setattr(module, "MOST_NUMBERS", 0)
         monkeypatch.setattr(module, "_ROWS", 1)  # segments of 16 steps
     return request.param
 
