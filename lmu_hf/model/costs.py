@@ -208,11 +208,11 @@ def lookahead_costs(sizes: Recurrence) -> dict[int, float]:
     costs = {}
     for size in (size for size in CHUNKS[:7] if size <= max(steps, 1)):
         products = rows * ((hidden + size * dims / 2) * width + dims * order * width + dims * order * order / size)
-        numbers = rows * (5.48 * (width + hidden) + 1.98 * dims * size + 3.44 * dims * order / size)
+        numbers = rows * (3.62 * (width + hidden) + 0.53 * dims * size + 4 * dims * order / size)
         # Each chunk reads what advances the memory.
-        reading = 0.311 * -(-steps // size) * order * order
-        building = 7.96 * size * dims * order * width
-        costs[size] = 1.66e6 + 1.73e3 * steps + 0.0289 * products + numbers + reading + building
+        chunks = -(-steps // size) * (3.24e3 + 0.12 * order * order)
+        building = 12.3 * size * dims * order * width
+        costs[size] = 3.05e6 + 0.045 * products + numbers + chunks + building
     return costs
 
 
@@ -264,8 +264,8 @@ def merged_cost(sizes: Recurrence) -> float:
     linear, rows = dims * order, batch * steps
     matrix = (linear + hidden) * (linear + gates)
     # What does not stay in the cache next to the processor is read anew in each step.
-    reading = 0.263 * steps * max(matrix - 1e5, 0)
-    return 1.42e6 + 1.83e3 * steps + rows * (0.0405 * matrix + 4.45 * (linear + hidden + gates)) + 14 * matrix + reading
+    reading = 0.051 * steps * max(matrix - 1e5, 0)
+    return 1.6e6 + 658 * steps + rows * (0.0407 * matrix + 1.74 * (linear + hidden + gates)) + 66 * matrix + reading
 
 
 def lookahead_chunk(sizes: Recurrence, *, measured: bool) -> int:
