@@ -330,7 +330,8 @@ class LMU(nn.Module):
             return naive_recurrence(cell, x, state, lengths, system, dropout, **sequence)
         if plan.memory == "merged":
             assert weights is not None
-            return merged_recurrence(cell, weights, x, state, lengths, system, dropout, **sequence)
+            wanted = {**sequence, "return_state": return_state}
+            return merged_recurrence(cell, weights, x, state, lengths, system, dropout, **wanted)
         if plan.memory == "lookahead":
             assert weights is not None
             wanted = {**sequence, "return_state": return_state}

@@ -43,10 +43,11 @@ def merged_recurrence(
     dropout: Dropout,
     *,
     return_sequence: bool,
-) -> tuple[Tensor, LMUState]:
+    return_state: bool = True,
+) -> tuple[Tensor, LMUState | None]:
     """Runs an LMU with a hidden cell. Equals ``naive_recurrence`` to rounding, with the same results and arguments but for
-    ``weights``, the gate form of the hidden cell, as long as the hidden state is finite: in one product with the memory, infinite
-    numbers become NaN there too, also where they are not fed back.
+    ``weights``, the gate form of the hidden cell, and the state, which is None unless wanted; as long as the hidden state is
+    finite: in one product with the memory, infinite numbers become NaN there too, also where they are not fed back.
 
     Computes in float32 or better. Its gradient cannot be differentiated again.
     """
@@ -64,13 +65,15 @@ def merged_recurrence(
         states = (start, *(part.to(dtype) for part in state.hidden[1:]))
         cells = Pointwise(weights.kind, linear)
         *sequences, hidden = recurrent_scan(cells, given.to(dtype), matrix, states, constant=constant)
+    output = (blank(hidden, lengths) if return_sequence else last_valid(hidden, lengths)).to(x.dtype)
+    if not return_state:
+        return output, None
     last = tuple(last_valid(sequence, lengths) for sequence in sequences)
-    output = blank(hidden, lengths) if return_sequence else last[0][:, linear:].clone(memory_format=torch.contiguous_format)
     final = [where_started(new, old, lengths) for new, old in zip(last, states, strict=True)]
     # Of their own, as states are saved.
     memory, first = (part.clone(memory_format=torch.contiguous_format) for part in final[0].tensor_split([linear], dim=1))
     after = (part.to(old.dtype) for part, old in zip((first, *final[1:]), state.hidden, strict=True))
-    return output.to(x.dtype), LMUState.of((memory.view_as(state.memory), *after))
+    return output, LMUState.of((memory.view_as(state.memory), *after))
 
 
 def merged_operator(cell: LMUCell, weights: GateWeights, system: DelaySystem, *, known: bool) -> tuple[Tensor, bool]:

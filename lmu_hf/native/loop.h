@@ -144,8 +144,9 @@ class PartialSums {
     gradient.add_to(part.data());
   }
   void add_to(const at::Tensor& total) {
+    T* to = total.data_ptr<T>();
     for (const auto& part : parts)
-      for (size_t i = 0; i < part.size(); ++i) total.data_ptr<T>()[i] += part[i];
+      for (size_t i = 0; i < part.size(); ++i) to[i] += part[i];
   }
 
  private:

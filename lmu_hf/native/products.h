@@ -56,10 +56,14 @@ class OwnPanels {
  public:
   explicit OwnPanels(const at::Tensor& matrix)
       : inner(matrix.size(0)), data((matrix.size(1) + PANEL - 1) / PANEL * PANEL * matrix.size(0)) {
-    const T* from = matrix.data_ptr<T>();
-    for (int64_t k = 0; k < inner; ++k)
-      for (int64_t column = 0; column < matrix.size(1); ++column)
-        data[(column / PANEL * inner + k) * PANEL + column % PANEL] = from[k * matrix.stride(0) + column * matrix.stride(1)];
+    const T* start = matrix.data_ptr<T>();
+    const int64_t width = matrix.size(1), row = matrix.stride(0), step = matrix.stride(1);
+    T* to = data.data();
+    for (int64_t first = 0; first < width; first += PANEL)
+      for (int64_t k = 0; k < inner; ++k, to += PANEL) {
+        const T* from = start + k * row + first * step;
+        for (int64_t c = 0; c < std::min(PANEL, width - first); ++c) to[c] = from[c * step];
+      }
   }
   Panels<T> panels() const { return {data.data(), inner * PANEL}; }
 
