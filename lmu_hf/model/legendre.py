@@ -15,15 +15,13 @@ import math
 import numbers
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-
-from .by_system import side_by_side
 
 DISCRETIZERS = ("zoh", "euler")
 
@@ -238,11 +236,6 @@ class DelaySystem:
     def matrices(self, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Ad (S, N, N) and Bd (S, N) in the given dtype on the given device."""
         return self._cached(("matrices",), dtype, device, lambda: (self.Ad, self.Bd))  # type: ignore[return-value]
-
-    def of_dimensions(self, dims: int, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """The systems of D memory dimensions as one; see :func:`side_by_side`."""
-        build = partial(side_by_side, self.Ad, self.Bd, dims)
-        return self._cached(("dimensions", dims), dtype, device, build)  # type: ignore[return-value]
 
     def impulse_response(self, length: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """H[k] = Ad^k Bd for k = 0 .. length-1, shape (S, length, N)."""

@@ -100,7 +100,8 @@ def merged_operator(cell: LMUCell, weights: GateWeights, system: DelaySystem, *,
     rows = max(at_entering + entering, at_input + len(weight) - linear) + constant
     layout = _Layout(linear, entering, at_entering, at_input, rows)
     A, B = system.matrices(dtype, weight.device)
-    if available(weight) and not A.requires_grad:
+    # One way for a cell, with and without gradients: a trained theta is the other's.
+    if available(weight) and not cell.trainable_theta:
         return _MergedOperator.apply(layout, A, B, *parts), constant
     return naive_merged_operator(layout, A, B, parts), constant
 

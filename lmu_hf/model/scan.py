@@ -148,6 +148,9 @@ class CompiledScan(TimeLoop):
         """Whether there are rows for every thread, so that none waits for others."""
         return len(self.states[0]) >= max(torch.get_num_threads(), _MANY)
 
+    def _reads(self, weight: Tensor) -> bool:
+        return self._apart() and self.step.numel() + weight.numel() <= MOST_NUMBERS
+
     def _folds(self, operators: ChunkOperators, *, transposed: bool = False) -> Tensor | None:
         """``operators.fold`` by steps, where threads need not share the product with it in each chunk."""
         assert operators.fold is not None
@@ -171,7 +174,7 @@ class CompiledScan(TimeLoop):
         )
 
     def reads(self, given: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        if not self._apart() or self.step.numel() + weight.numel() > MOST_NUMBERS:
+        if not self._reads(weight):
             return False
         self.reading = given, panels(weight), None if bias is None else bias.contiguous()
         return True
@@ -179,7 +182,7 @@ class CompiledScan(TimeLoop):
     def adds_up(
         self, given: Tensor, weight: Tensor, u: Tensor, grad_given: Tensor | None, grad_matrix: Tensor | None
     ) -> bool:
-        if not self._apart() or self.step.numel() + weight.numel() > MOST_NUMBERS:
+        if not self._reads(weight):
             return False
         self.reading = given, None if grad_given is None else panels(weight.mT), u, grad_given, grad_matrix
         return True

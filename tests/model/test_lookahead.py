@@ -363,6 +363,26 @@ def test_a_gradient_of_one_result_alone(cell, connections, memory, loop, monkeyp
             assert (one - other).abs().max() < 1e-11 * max(1.0, float(other.abs().max()))
 
 
+@pytest.mark.parametrize("trained", [(), ("kernel",), ("weight_hh",), ("bias", "weight_ih"), ("recurrent_kernel",)])
+@pytest.mark.parametrize("memory", ["lookahead", "merged"])
+def test_frozen_weights(memory, trained, loop, monkeypatch):
+    """Gradients of x and of some weights alone."""
+    take(monkeypatch, 4, memory)
+    layer, x = build("gru", "all", "scales"), torch.randn(4, 11, 3, dtype=F64, requires_grad=True)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name.rpartition(".")[2] in trained)
+    inputs = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    assert len(inputs) >= len(trained)
+    found = []
+    for layer.algorithm in ("auto", "naive"):
+        output, state = layer(x)
+        loss = output.square().sum() + state.memory.square().sum()
+        found.append(torch.autograd.grad(loss, [x, *inputs], retain_graph=True))
+        found.append(torch.autograd.grad(loss, inputs or [x]))
+    for ours, naive in zip(sum(found[:2], ()), sum(found[2:], ()), strict=True):
+        assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.abs().max()))
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
