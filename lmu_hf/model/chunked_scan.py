@@ -21,7 +21,7 @@ from .folding import ChunkOperators
 from .gates import Pointwise
 from .precision import full_float32
 from .scan import scan_class
-from .scratch import Scratch, arriving, before_each, known_sums, of_steps
+from .scratch import Scratch, arriving, before_each, first_derivative, known_sums, of_steps
 from .time_loop import Encoding, State, TimeLoop, send_back, start_all
 
 # A segment has about this many rows, chunks times batch, for its products to run at full speed, but no more numbers in its
@@ -138,7 +138,8 @@ class _ChunkedScan(torch.autograd.Function):
             if reads:
                 known = step.new_empty(batch, length, 0)
             else:
-                known = known_sums(of_steps(given, first, length), weight, bias, (batch, length, width), scratch)
+                known = scratch.take("known", batch, length, width)
+                known_sums(of_steps(given, first, length), weight, bias, known)
             if feedback:
                 memory = scan.feedback_forward(first, known, u, starts, memory, operators)
                 continue
@@ -160,16 +161,8 @@ class _ChunkedScan(torch.autograd.Function):
         return (u if feedback else None), starts, *kept[: len(states)]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "this recurrence has no second derivative; set algorithm='naive' on the layer for create_graph=True"
-            )
-        with torch.autocast(ctx.device_type, enabled=False):  # as forward, whoever calls it
-            return _ChunkedScan._backward(ctx, *grads)
-
-    @staticmethod
-    def _backward(ctx: Any, grad_u: Tensor | None, grad_starts: Tensor | None, *grad_sequences: Tensor | None) -> tuple:
+    @first_derivative
+    def backward(ctx: Any, grad_u: Tensor | None, grad_starts: Tensor | None, *grad_sequences: Tensor | None) -> tuple:
         given, weight, bias, u, starts, *rest = ctx.saved_tensors
         operators, tensors, rest = ChunkOperators(*rest[:_OPERATORS]), rest[:_OPERATORS], rest[_OPERATORS:]
         states, kept = tuple(rest[: ctx.states]), tuple(rest[ctx.states :])

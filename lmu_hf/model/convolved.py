@@ -15,6 +15,7 @@ from torch import Tensor
 from .convolution import convolve, convolve_back
 from .gates import Pointwise
 from .scan import scan_class
+from .scratch import arriving, first_derivative, known_sums
 from .time_loop import State, TimeLoop
 
 # Numbers of the sums of some rows, which a cache that threads share is to hold. But rows enough for full products, or, where that
@@ -61,7 +62,7 @@ class _ConvolvedScan(torch.autograd.Function):
         sums: Any = None
         for rows in _tiles(u, width):
             sums = _room(sums, u[rows], width)
-            _start(sums, None if given is None else given[rows], weight, bias)
+            known_sums(None if given is None else given[rows], weight, bias, sums)
             convolution(u[rows], sums)
             loop = _loop(cell, hidden_weight, states, kept, rows)
             loop.forward(0, u.shape[1], sums, sums[..., :0])
@@ -71,16 +72,12 @@ class _ConvolvedScan(torch.autograd.Function):
         return kept[: len(states)]
 
     @staticmethod
+    @first_derivative
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "this recurrence has no second derivative; set algorithm='naive' on the layer for create_graph=True"
-            )
-        with torch.autocast(ctx.device_type, enabled=False):  # as forward, whoever calls it
-            return None, *_backward(ctx, grads)
+        return None, *_backward(ctx, grads)
 
 
-def _backward(ctx: Any, arriving: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     given, weight, bias, u, kernel, hidden_weight, *rest = ctx.saved_tensors
     states, kept = rest[: ctx.states], tuple(rest[ctx.states :])
     names = ("given", "weight", "bias", "u", "kernel", "hidden_weight")
@@ -101,9 +98,8 @@ def _backward(ctx: Any, arriving: tuple[Tensor | None, ...]) -> tuple[Tensor | N
     for rows in _tiles(u, width):
         sums = _room(sums, u[rows], width)
         loop = _loop(ctx.cell, hidden_weight, states, kept, rows)
-        loop.start_backward(
-            tuple(state[rows, :, :0] if grad is None else grad[rows] for grad, state in zip(arriving, kept, strict=False))
-        )
+        of_rows = tuple(None if grad is None else grad[rows] for grad in grads)
+        loop.start_backward(arriving(of_rows, tuple(tensor[rows] for tensor in kept)))
         loop.backward(0, steps, sums[..., :0], sums)
         of_states.append(loop.initial_gradients())
         flat = sums.view(-1, width)
@@ -137,18 +133,6 @@ def _tiles(u: Tensor, width: int) -> list[slice]:
 def _room(sums: Tensor | None, u: Tensor, width: int) -> Tensor:
     """(B, T, G) for these rows, which the ones after them use again."""
     return u.new_empty(*u.shape[:2], width) if sums is None else sums[: len(u)]
-
-
-def _start(sums: Tensor, given: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
-    """What the gates receive beside memory and hidden state."""
-    if given is None or weight is None:
-        sums.copy_(torch.zeros_like(sums[0, 0]) if bias is None else bias)
-        return
-    flat, inputs = sums.view(-1, sums.shape[2]), given.reshape(-1, given.shape[2])
-    if bias is None:
-        torch.mm(inputs, weight, out=flat)
-    else:
-        torch.addmm(bias, inputs, weight, out=flat)
 
 
 def _loop(cell: Pointwise, hidden_weight: Tensor, states: Any, kept: State, rows: slice) -> TimeLoop:

@@ -23,7 +23,7 @@ from .compiled import MOST_NUMBERS, available
 from .gates import Pointwise
 from .precision import full_float32
 from .scan import scan_class
-from .scratch import Scratch, arriving, before_each, known_sums
+from .scratch import Scratch, arriving, before_each, first_derivative, known_sums
 from .time_loop import State, TimeLoop
 
 # A segment has about so many rows, steps times batch, for its products to run at full speed, but no more numbers than stay in the
@@ -86,9 +86,11 @@ class _RecurrentScan(torch.autograd.Function):
             scratch, width = Scratch(matrix), matrix.shape[1]
             for first, length in _segments(given, width):
                 part = given[:, first : first + length]
-                with full_float32(matrix) if linear else nullcontext():  # then it is part of the memory
-                    known = known_sums(part, parts.weight, parts.bias, (len(part), length, width), scratch)
-                scan.forward(first, length, known, known[..., :0])
+                if parts.weight is not None:
+                    known = scratch.take("known", len(part), length, width)
+                    with full_float32(matrix) if linear else nullcontext():  # then it is part of the memory
+                        part = known_sums(part, parts.weight, parts.bias, known)
+                scan.forward(first, length, part, part[..., :0])
             alone = kept[0][..., linear:].clone(memory_format=torch.contiguous_format) if linear else None
         ctx.save_for_backward(given, matrix, *states, *kept)
         ctx.settings, ctx.states, ctx.device_type = settings, len(states), matrix.device.type
@@ -96,13 +98,9 @@ class _RecurrentScan(torch.autograd.Function):
         return *kept[: len(states)], *(() if alone is None else (alone,))
 
     @staticmethod
+    @first_derivative
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "this recurrence has no second derivative; set algorithm='naive' on the layer for create_graph=True"
-            )
-        with torch.autocast(ctx.device_type, enabled=False):  # as forward, whoever calls it
-            return None, *_backward(ctx, grads)
+        return None, *_backward(ctx, grads)
 
 
 def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

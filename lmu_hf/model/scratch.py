@@ -1,10 +1,12 @@
-"""What surrounds the time loops of :mod:`recurrent_scan` and :mod:`chunked_scan`: memory for one segment of time after the other,
-and what of the whole sequence a segment needs.
+"""What surrounds the time loops of :mod:`recurrent_scan`, :mod:`chunked_scan` and :mod:`convolved`: memory for one segment of
+time after the other, what of the whole sequence a segment needs, and what holds for each backward pass.
 
 Names: B batch, T time, L steps of a segment, I inputs, W width of a step's sums, H hidden size.
 """
 
 import math
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -29,21 +31,32 @@ class Scratch:
         return part[:size].view(shape)
 
 
-def known_sums(
-    given: Tensor | None, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, int, int], scratch: Scratch
-) -> Tensor:
-    """What the inputs of a segment (B, L, I) contribute to its sums (B, L, W), by a weight (I, W); without one, they are it."""
-    if given is not None and weight is None:
-        return given  # only read
-    known = scratch.take("known", *shape)
+def first_derivative(backward: Callable) -> Callable:
+    """The backward pass of an autograd function that cannot be differentiated again, run as its forward pass, whoever calls it:
+    without autocast on ``ctx.device_type``."""
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "this recurrence has no second derivative; set algorithm='naive' on the layer for create_graph=True"
+            )
+        with torch.autocast(ctx.device_type, enabled=False):
+            return backward(ctx, *grads)
+
+    return checked
+
+
+def known_sums(given: Tensor | None, weight: Tensor | None, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Writes to ``out`` (B, L, W), and returns, what inputs (B, L, I) contribute to sums by a weight (I, W), and a bias (W,)."""
     if given is None or weight is None:
-        return known.zero_() if bias is None else known.copy_(bias.expand(shape))
-    flat = known.view(-1, shape[2])
+        return out.zero_() if bias is None else out.copy_(bias)
+    flat, inputs = out.view(-1, out.shape[2]), given.reshape(-1, given.shape[2])
     if bias is None:
-        torch.mm(given.reshape(len(flat), -1), weight, out=flat)
+        torch.mm(inputs, weight, out=flat)
     else:
-        torch.addmm(bias, given.reshape(len(flat), -1), weight, out=flat)
-    return known
+        torch.addmm(bias, inputs, weight, out=flat)
+    return out
 
 
 def of_steps(tensor: Any, first: int, length: int) -> Any:

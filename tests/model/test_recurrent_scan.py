@@ -74,7 +74,7 @@ def build(kind, linear, size, inputs, batch, steps, *, constant=True, dtype=F64,
     return [given, matrix, *states]
 
 
-def everything(scan, kind, linear, tensors, *, constant=True, wanted=None, weights=None):
+def everything(scan, kind, linear, tensors, *, constant=True, wanted=None):
     """The results, and the gradients of the tensors that are wanted."""
     leaves = [tensor.detach().requires_grad_(wanted is None or i in wanted) for i, tensor in enumerate(tensors)]
     given, matrix, *states = leaves
