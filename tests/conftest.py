@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import hub_server
 import numpy as np
+import processes
 import pytest
 import torch
 from huggingface_hub import constants
@@ -14,7 +15,7 @@ from huggingface_hub.utils import _http
 from transformers.utils import logging
 
 import lmu_hf
-from lmu_hf import evaluation
+from lmu_hf import evaluation, example
 from lmu_hf.model import compiled
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -44,10 +45,13 @@ def _seed():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _reloads_here():
+def _quick_processes():
     """Runs within a test reload their model in the same process: a fresh one takes longer than they do. Those that tests start as
-    processes of their own do what the command line does."""
+    processes of their own do what the command line does. What else starts Python here, starts it quickly."""
+    quick = SimpleNamespace(run=processes.run)
     with pytest.MonkeyPatch.context() as patch:
+        for module in (evaluation, example):
+            patch.setattr(module, "subprocess", quick)
         patch.setattr(evaluation, "score_in_fresh_process", lambda folder, data: evaluation.evaluate(folder, data=data))
         yield
 

@@ -1,21 +1,18 @@
 """``lmu-hf`` in processes that are killed, with no chance to tidy up, at one named moment of a run.
 
-Only the moment is staged; the signal is the one of ``kill -9``.
+Only the moment is staged; the signal is the one of ``kill -9``. Like runs within tests they reload their model in the same process.
 """
 
-import multiprocessing
 import os
 import shutil
 import signal
 from pathlib import Path
 
-import matplotlib.pyplot  # noqa: F401 (what a run needs, so that no process has to import it again)
-import sklearn.datasets
-import sklearn.model_selection  # noqa: F401
+import processes
 from transformers import Trainer
 from transformers import trainer as trainer_module
 
-from lmu_hf import running, training
+from lmu_hf import evaluation, running, training
 from lmu_hf.cli import app
 
 
@@ -77,18 +74,15 @@ MOMENTS = {
 
 def target(arguments, moment=None):
     """What such a process does; with no moment it comes to its end."""
+    evaluation.score_in_fresh_process = lambda folder, data: evaluation.evaluate(folder, data=data)
     if moment is not None:
         MOMENTS[moment]()
     app([str(argument) for argument in arguments], standalone_mode=False)
 
 
 def start(arguments, moment=None):
-    """A new process at work: forked from one that has imported everything, which takes most of a start."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed"])
-    process = context.Process(target=target, args=(arguments, moment))
-    process.start()
-    return process
+    """A new process at work."""
+    return processes.start(target, arguments, moment)
 
 
 def run(arguments, moment=None):

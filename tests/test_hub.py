@@ -4,10 +4,10 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 import torch
 from hub_server import ADA, BOB, READER
@@ -60,9 +60,7 @@ def content(folder):
 
 def run_python(code, environment, **arguments):
     values = "".join(f"{name} = {value!r}\n" for name, value in arguments.items())
-    finished = subprocess.run(
-        [sys.executable, "-c", values + code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
+    finished = processes.run([sys.executable, "-c", values + code], env={**os.environ, **environment})
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
@@ -111,7 +109,7 @@ def test_up_and_down_both_ways(hub, model, tmp_path):
     """The whole way, in processes that share nothing: the command line up, Auto classes down, with and without lmu_hf."""
     before = content(model)
     command = [sys.executable, "-m", "lmu_hf.cli", "push", str(model), "digits"]
-    finished = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, check=False)
+    finished = processes.run(command)
     assert finished.returncode == 0, finished.stderr
     assert f"{hub.url}/ada/digits" in finished.stdout
     assert content(model) == before
@@ -134,7 +132,7 @@ def test_up_and_down_both_ways(hub, model, tmp_path):
         assert printed == [digest(model)] * 2
         assert label in "0123456789"
     predict = [sys.executable, "-m", "lmu_hf.cli", "predict", "ada/digits", str(model / "example.png"), "--json"]
-    printed = subprocess.run(predict, capture_output=True, text=True, check=True).stdout
+    printed = processes.run(predict, check=True).stdout
     assert len(json.loads(printed)[0]["probabilities"]) == 10
 
 

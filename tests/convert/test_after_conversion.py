@@ -3,10 +3,10 @@
 import hashlib
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
+import processes
 import pytest
 import torch
 from keras_files import Made
@@ -181,6 +181,6 @@ def test_published_and_loaded_where_lmu_hf_is_not_installed(hub, tmp_path, gener
     assert hashlib.sha256((tmp_path / "model.h5").read_bytes()).hexdigest() in card
     code = f"x = {made.x().tolist()}\n{ELSEWHERE}"
     environment = {**os.environ, **hub.client(None, tmp_path / "fresh")}
-    finished = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    finished = processes.run([sys.executable, "-c", code], env=environment)
     assert finished.returncode == 0, finished.stderr
     np.testing.assert_allclose(json.loads(finished.stdout), made(made.x()), rtol=0, atol=1e-6)  # float32

@@ -2,10 +2,10 @@
 
 import importlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -160,9 +160,7 @@ def test_quantised_checkpoints(torchao, tmp_path):
     """In a process of its own: transformers looks for torchao once."""
     build(LMUForSequenceClassification, "residual_last").save_pretrained(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(TORCHAO)}
-    done = subprocess.run(
-        [sys.executable, "-c", QUANTISED, str(tmp_path)], capture_output=True, text=True, env=environment, check=False
-    )
+    done = processes.run([sys.executable, "-c", QUANTISED, str(tmp_path)], env=environment)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,9 +1,9 @@
 """Every class from the files that travel with its checkpoint, in a process that does not have the package."""
 
 import os
-import subprocess
 import sys
 
+import processes
 import pytest
 import tiny
 import torch
@@ -50,14 +50,7 @@ def test_equals_the_package_bit_for_bit(cls, auto, tmp_path):
     given |= {} if cls is LMUModel else {"labels": tiny.labels(model)}
     torch.save(given, tmp_path / "given.pt")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, auto, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
+    done = processes.run([sys.executable, "-c", CODE, auto, str(tmp_path)], env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "found.pt")
     outputs = [value for value in model(**given).values() if isinstance(value, torch.Tensor)]
