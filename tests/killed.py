@@ -1,6 +1,6 @@
 """``lmu-hf`` in processes that are killed, with no chance to tidy up, at one named moment of a run.
 
-Only the moment is staged; the signal is the one of ``kill -9``. Like runs within tests they reload their model in the same process.
+Only the moment is staged; the signal is the one of ``kill -9``. Like runs within tests they reload their model where they are.
 """
 
 import os

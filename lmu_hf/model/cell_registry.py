@@ -47,6 +47,13 @@ def hidden_cell_names() -> list[str]:
     return sorted([*_REGISTRY, "readout"])
 
 
+def holds_module(spec: HiddenCellSpec) -> bool:
+    """Whether a specification holds a module, which can be part of one layer only."""
+    if isinstance(spec, Sequence) and not isinstance(spec, str):
+        return any(holds_module(part) for part in spec)
+    return isinstance(spec, nn.Module)
+
+
 def build_hidden_cell(
     spec: HiddenCellSpec,
     *,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cell_registry import HiddenCellSpec
+from .cell_registry import HiddenCellSpec, holds_module
 from .cells import is_recurrent
 from .folding import encoded_last, encodes_last
 from .gates import gate_weights
@@ -89,7 +89,7 @@ class LMU(nn.Module):
         self.go_backwards, self.bidirectional = go_backwards, bidirectional
         arguments = (input_size, memory_d, order, theta, hidden_cell, hidden_size, hidden_act)
         self.cell = LMUCell(*arguments, **kwargs)
-        if bidirectional and _holds_module(hidden_cell):
+        if bidirectional and holds_module(hidden_cell):
             raise ValueError(
                 "hidden_cell: a bidirectional layer needs one cell per direction and cannot share this module; name the "
                 "cell instead, with register_hidden_cell if it is your own"
@@ -291,8 +291,11 @@ class LMU(nn.Module):
         dropout = cell.sample_dropout(x)
         steps = x.shape[1] if self.checkpoint_steps is None else self.checkpoint_steps
         whole = x.shape[1] <= steps or not torch.is_grad_enabled()
+        loops = (cell.coupled or self._hidden_is_recurrent) and x.shape[1] > 1 and self.algorithm != "naive"
+        compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+        at_once = self._run_past_the_compiler if loops and compiling else self._run_at_once
         # A segment starts from the state of the one before.
-        run = partial(self._run_at_once, cell, dropout, return_sequences, return_state or not whole)
+        run = partial(at_once, cell, dropout, return_sequences, return_state or not whole)
         if whole:
             return run(x, state, lengths, initial_state is None)
         return in_segments(run, x, state, lengths, steps, return_sequence=return_sequences)
@@ -381,6 +384,11 @@ class LMU(nn.Module):
         hidden = tuple(where_started(new, old, lengths) for new, old in zip(hidden, state.hidden, strict=True))
         return output, LMUState(final_memory, hidden)
 
+    @torch.compiler.disable(reason="a loop over time has kernels of its own; algorithm='naive' lets it be unrolled")
+    def _run_past_the_compiler(self, *args: Any) -> tuple[Tensor, Any]:
+        """Under ``torch.compile``, which would make a graph of every step and be several times as slow."""
+        return self._run_at_once(*args)
+
     def explain(self, batch: int, steps: int, *, return_sequences: bool | None = None, training: bool | None = None) -> Plan:
         """How a call with inputs of this size is computed, and why.
 
@@ -435,9 +443,3 @@ class LMU(nn.Module):
     def extra_repr(self) -> str:
         names = ("return_sequences", "return_state", "time_major", "stateful", "go_backwards", "bidirectional")
         return ", ".join(name for name in names if getattr(self, name))
-
-
-def _holds_module(spec: HiddenCellSpec) -> bool:
-    if isinstance(spec, Sequence) and not isinstance(spec, str):
-        return any(_holds_module(part) for part in spec)
-    return isinstance(spec, nn.Module)

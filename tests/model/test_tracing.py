@@ -81,17 +81,30 @@ def test_models_compile_fullgraph(cls, name):
 
 
 @pytest.mark.parametrize("name", ["signal", "coupled"])
-def test_recurrent_models_compile_with_breaks(name):
+def test_loops_over_time_run_past_the_compiler(name):
+    """They have kernels of their own, and what it would make of their steps is several times as slow."""
     model = tiny.build(LMUForSequenceClassification, name)
     given = arguments(model)
     losses = []
+    torch._dynamo.utils.counters.clear()
     for each in (model, torch.compile(model, backend="eager")):
         model.zero_grad()
         losses.append(each(**given).loss)
         losses[-1].backward()
         losses += [p.grad.clone() for p in model.parameters()]
     half = len(losses) // 2
-    torch.testing.assert_close(losses[:half], losses[half:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(losses[:half], losses[half:], rtol=0, atol=0)  # the same functions
+    # What comes before the loop, what comes after it, and what transformers wraps around a model.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+
+
+def test_a_loop_that_is_asked_for_step_by_step_is_unrolled():
+    layer, x = LMU(2, 2, 4, 9.0, "rnn", 3, hidden_to_memory=True, algorithm="naive"), torch.randn(2, 5, 2)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-6)
+    layer.algorithm = "auto"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="algorithm='naive' lets it be unrolled"):
+        compiled(x)
 
 
 @pytest.mark.parametrize(("cls", "name"), PAIRS)
