@@ -16,24 +16,10 @@ import types
 from pathlib import Path
 
 # What importing transformers and training with it import, whatever the order; what is not installed is passed over.
-HEAVY = [
-    "torch",
-    "torch._dynamo",
-    "torch.distributed.tensor",
-    "torch.utils.tensorboard",
-    "numpy",
-    "scipy.stats",
-    "sklearn.datasets",
-]
-HEAVY += [
-    "sklearn.metrics",
-    "sklearn.model_selection",
-    "pandas",
-    "pyarrow.parquet",
-    "matplotlib.pyplot",
-    "PIL.Image",
-    "pydantic",
-]
+HEAVY = """
+    torch torch._dynamo torch.distributed.tensor torch.utils.tensorboard scipy.stats sklearn.datasets sklearn.metrics
+    sklearn.model_selection pandas pyarrow.parquet matplotlib.pyplot PIL.Image pydantic
+""".split()
 
 
 def start(target, *arguments):
