@@ -33,6 +33,12 @@ LONG = {
 }
 
 
+def pytest_configure(config):
+    """The compiled loop is built once, before there are workers, rather than by each of them."""
+    if not hasattr(config, "workerinput"):
+        lmu_hf.native.load()
+
+
 def pytest_collection_modifyitems(items):
     """Long tests first: with one of them at the end, all workers but one would be idle."""
     items.sort(key=lambda item: item.path.stem not in LONG)

@@ -16,10 +16,9 @@ import types
 from pathlib import Path
 
 # What importing transformers and training with it import, whatever the order; what is not installed is passed over.
-HEAVY = """
-    torch torch._dynamo torch.distributed.tensor torch.utils.tensorboard scipy.stats sklearn.datasets sklearn.metrics
-    sklearn.model_selection pandas pyarrow.parquet matplotlib.pyplot PIL.Image pydantic
-""".split()
+HEAVY = ["torch", "torch._dynamo", "torch.distributed.tensor", "torch.utils.tensorboard", "scipy.stats", "pandas"]
+HEAVY += ["sklearn.datasets", "sklearn.metrics", "sklearn.model_selection"]
+HEAVY += ["pyarrow.parquet", "matplotlib.pyplot", "PIL.Image", "pydantic"]
 
 
 def start(target, *arguments):
