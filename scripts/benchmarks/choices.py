@@ -5,10 +5,10 @@ For each size: the time of what "auto" takes, divided by the shortest of all. 1.
 
 import itertools
 import statistics
-import time
 from unittest import mock
 
 import torch
+from worker import timed
 
 from lmu_hf import LMU
 from lmu_hf.model import plan as planning
@@ -34,6 +34,9 @@ LAYERS = [
     (100, 400, 10, 3, 128),
     (100, 28, 16, 8, 32),
 ]
+
+# Seconds for which a shorter call is repeated, so that it is not its threads' waking up that is compared.
+SHORT = 0.02
 
 
 def run(*, runs: int, names: list[str] | None = None, **_) -> dict:
@@ -104,9 +107,7 @@ def _compared(ways: list[tuple[str, int]], call, chosen: tuple[str, int], runs: 
     times: dict = {way: [] for way in ways}
     for _ in range(runs):
         for way in ways:
-            start = time.perf_counter()
-            call(*way)
-            times[way].append(1e3 * (time.perf_counter() - start))
+            times[way].append(timed(lambda way=way: call(*way), SHORT))
     medians = {way: statistics.median(own) for way, own in times.items()}
     names = {f"{memory} {chunk}" if chunk else memory: round(value, 4) for (memory, chunk), value in medians.items()}
     name = f"{chosen[0]} {chosen[1]}" if chosen[1] else chosen[0]
