@@ -80,10 +80,16 @@ class LMUStepper:
         Raises:
             ValueError: the shape or dtype of ``x`` is not that of the layer.
         """
+        try:
+            return self._run(x)
+        except RuntimeError:
+            self._check(x)  # in words; looking at x in every step would take a twentieth of it
+            raise
+
+    def _check(self, x: Tensor) -> None:
         if x.shape != self._shape or x.dtype != self._dtype:
             expected = f"{tuple(self._shape)} of {self._dtype}"
             raise ValueError(f"x: expected one sample per stream, {expected}, found {tuple(x.shape)} of {x.dtype}")
-        return self._run(x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a stepper cannot be copied or pickled; make one with layer.stepper() and assign its state")
@@ -108,6 +114,7 @@ class LMUStepper:
     def _step_by_step(self, cell: LMUCell, system: DelaySystem) -> Callable[[Tensor], Tensor]:
         @torch.inference_mode()
         def run(x: Tensor) -> Tensor:
+            self._check(x)
             training = cell.training
             cell.eval()
             try:
@@ -132,20 +139,8 @@ class LMUStepper:
         encoder = (encoder.mT.contiguous(), cell.hidden_to_memory, cell.memory_to_memory, cell.encoder_act)
         sizes = (cell.input_size, cell.output_size)
         stream = torch.classes.lmu_hf.Stream(kind, list(self._state), *encoder, *matrices, *sizes)
-        # Called by its address, and without the GIL: the dispatcher would take half as long as the step.
-        function, address = stream.entry()
-        step = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3)(function)
-        outputs = self._like.new_empty(self.batch_size, cell.output_size)
-
-        def run(x: Tensor) -> Tensor:
-            if not x.is_cpu or not x.is_contiguous() or x.is_neg():
-                x = x.cpu().resolve_neg().contiguous()
-            output = torch.empty_like(outputs)
-            step(address, x.data_ptr(), output.data_ptr())
-            return output
-
-        run.stream = stream  # type: ignore[attr-defined]  # whose address it is
-        return run
+        # The dispatcher takes about as long as the step.
+        return _function_of(stream) or stream.step
 
     def _python(self, kind: str, *prepared: Any) -> Callable[[Tensor], Tensor]:
         """Calls into torch cost more than their arithmetic here, so what a product reads lies side by side."""
@@ -171,6 +166,7 @@ class LMUStepper:
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
                     return run(x)
+            self._check(x)
             now, after = rows
             now.sample.copy_(x.detach() if x.requires_grad else x)
             with full_float32(like):
@@ -298,6 +294,15 @@ def _affine(like: Tensor, matrix: Tensor, constant: Tensor | None = None) -> Cal
     if constant is None:
         return lambda x, out: torch.mv(columns, x, out=out)
     return lambda x, out: torch.addmv(constant, columns, x, out=out)
+
+
+def _function_of(stream: Any) -> Callable[[Tensor], Tensor] | None:
+    """The step of a compiled stream as a function of Python's own; None if Python's headers were not there for the compiler."""
+    if not (address := stream.function()):
+        return None
+    function = ctypes.cast(address, ctypes.py_object).value
+    ctypes.pythonapi.Py_DecRef(ctypes.py_object(function))  # the reference that came with the address
+    return function
 
 
 def check_streams(batch_size: int) -> int:

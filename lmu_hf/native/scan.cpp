@@ -14,7 +14,7 @@
 #include "memory.h"
 #include "merged.h"
 #include "recurrent.h"
-#include "stream.h"
+#include "stream_function.h"
 
 TORCH_LIBRARY(lmu_hf, library) {
   library.class_<Stream>("Stream")
@@ -22,7 +22,8 @@ TORCH_LIBRARY(lmu_hf, library) {
            std::string, std::vector<at::Tensor>, at::Tensor, bool, bool, std::string, std::optional<at::Tensor>, at::Tensor,
            at::Tensor, std::vector<int64_t>, at::Tensor, at::Tensor, std::optional<at::Tensor>, int64_t,
            int64_t>())
-      .def("entry", &Stream::entry);
+      .def("step", &Stream::step)
+      .def("function", &function_of);
   library.def(
       "scan_forward(str kind, int linear, int first, int count, int chunk, Tensor known, Tensor matrix, Tensor[] states, "
       "Tensor(a!)[] kept, Tensor(b!) u, Tensor[] encoding, Tensor? mask, str activation) -> ()");
@@ -30,8 +31,9 @@ TORCH_LIBRARY(lmu_hf, library) {
       "scan_backward(str kind, int linear, int first, int count, int chunk, Tensor to_hidden, Tensor to_u, Tensor[] states, "
       "Tensor[] kept, Tensor[] grads, Tensor grad_u, Tensor(a!) grad_sums, Tensor(b!) carry, Tensor(c!) carried, "
       "Tensor[] encoding, Tensor? mask, str activation) -> ()");
-  // All steps of a loop without memory that reads its inputs (B, T, I): [h, inputs, 1] -> sums by a matrix as it is, with or without
-  // the last row; or, if the matrix has rows for h only, to whose sums they are added (B, T, W). With memory in front of h, `alone` takes h once more. And its adjoint.
+  // All steps of a loop without memory that reads its inputs (B, T, I): [h, inputs, 1] -> sums by a matrix as it is, with or
+  // without the last row; or, if the matrix has rows for h only, to whose sums they are added (B, T, W). With memory in front of
+  // h, `alone` takes h once more. And its adjoint.
   library.def(
       "recurrent_forward(str kind, int linear, Tensor given, Tensor matrix, Tensor[] states, Tensor(a!)[] kept, "
       "Tensor(b!)? alone) -> ()");

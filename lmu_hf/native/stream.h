@@ -1,6 +1,7 @@
 // A whole layer, one step of some streams, as in stepper.py.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <torch/custom_class.h>
 
 #include <cstddef>
@@ -20,8 +21,6 @@ struct None {
 
 // A layer and the states of its streams, prepared: looking up what a step needs would take longer than many a step.
 //
-// For the same reason a step is called by its address, past the dispatcher: x (B, inputs) and output (B, outputs) are contiguous
-// and of the dtype of the states, which is for the caller to see to.
 struct Stream : torch::CustomClassHolder {
   // states: m (B, D, N) and the hidden ones, contiguous; all are updated. Of the encoder come the columns (D, ...), which read
   // [x, h, m], h and m only where they are fed back; the other matrices in panels, the transposed A as the two parts of its HODLR
@@ -44,7 +43,7 @@ struct Stream : torch::CustomClassHolder {
         from_memory(from_memory),
         inputs(inputs),
         outputs(outputs) {
-    // All that can fail: a step has nobody to tell.
+    // All that a step would otherwise have to look at.
     with_type(this->states[0], [](auto) {});
     if (this->kind != "none") with_cell(this->kind, [](auto) {});
     with_activation(this->activation, [](auto) {});
@@ -53,9 +52,16 @@ struct Stream : torch::CustomClassHolder {
     TORCH_CHECK(this->encoder.is_contiguous(), "expected a contiguous encoder");
   }
 
-  // The function to call for a step, and its first argument; then come x and output.
-  std::vector<int64_t> entry() {
-    return {reinterpret_cast<int64_t>(&Stream::call), reinterpret_cast<int64_t>(this)};
+  // x (B, inputs) of the dtype of the states -> (B, outputs)
+  at::Tensor step(const at::Tensor& given) const {
+    const at::Tensor& first = states[0];
+    const bool plain = given.is_cpu() && given.is_contiguous() && !given.is_neg();
+    const at::Tensor x = plain ? given : given.detach().cpu().resolve_neg().contiguous();
+    TORCH_CHECK(x.dim() == 2 && x.size(0) == first.size(0) && x.size(1) == inputs && x.scalar_type() == first.scalar_type(),
+        "expected (B, inputs) of the dtype of the states");
+    at::Tensor output = at::detail::empty_cpu({first.size(0), outputs}, first.options());
+    run(x.const_data_ptr(), output.mutable_data_ptr());
+    return output;
   }
 
  private:
@@ -68,20 +74,18 @@ struct Stream : torch::CustomClassHolder {
   const bool from_hidden, from_memory;
   const int64_t inputs, outputs;
 
-  static void call(const Stream* stream, const void* x, void* output) noexcept { stream->step(x, output); }
-
-  void step(const void* x, void* output) const {
+  void run(const void* x, void* output) const {
     with_type(states[0], [&](auto scalar) {
       using T = decltype(scalar);
-      const auto run = [&](auto cell) {
+      const auto take = [&](auto cell) {
         using Cell = decltype(cell);
         // A thread of its own pays only where it gets several streams.
         at::parallel_for(0, states[0].size(0), 4, [&](int64_t begin, int64_t end) {
           rows<T, Cell>(begin, end, static_cast<const T*>(x), static_cast<T*>(output));
         });
       };
-      if (kind == "none") return run(None());
-      with_cell(kind, run);
+      if (kind == "none") return take(None());
+      with_cell(kind, take);
     });
   }
 

@@ -1,14 +1,18 @@
 """Single steps of a layer, prepared once, against the cell."""
 
 import copy
+import gc
 import pickle
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import lmu_hf
 from lmu_hf import LMU
+from lmu_hf.model import stepper
 from lmu_hf.model.hodlr import hodlr
 from lmu_hf.model.legendre import delay_system, smallest_stable_theta
 
@@ -162,6 +166,29 @@ def test_samples_however_they_lie_in_memory(loop):
     assert run(layer.stepper(2), x.mT.contiguous().mT).equal(expected)
     assert run(layer.stepper(2), torch.complex(x, -x).conj().imag).equal(expected)
     assert run(layer.stepper(2), x.requires_grad_()).equal(expected)
+
+
+def test_the_compiled_step_goes_another_way_without_headers_of_python(monkeypatch):
+    if lmu_hf.native.why_not() is not None:
+        pytest.skip(f"no compiled loop: {lmu_hf.native.why_not()}")
+    layer, x = LMU(3, 2, 4, 9.0, "rnn", 5, hidden_to_memory=True), torch.randn(6, 2, 3)
+    expected = run(layer.stepper(2), x)
+    monkeypatch.setattr(stepper, "_function_of", lambda stream: None)
+    step = layer.stepper(2)
+    assert run(step, x).equal(expected)
+    with pytest.raises(ValueError, match=r"found \(1, 3\)"):
+        step(torch.zeros(1, 3))
+
+
+def test_a_compiled_step_lives_as_long_as_it_is_held():
+    step = LMU(3, 2, 4, 9.0, "rnn", 5).stepper()
+    expected = step(torch.ones(1, 3))
+    step.reset()
+    function, references = step._run, sys.getrefcount(step._run)
+    del step
+    gc.collect()
+    assert sys.getrefcount(function) == references - 1  # that of the stepper is gone, and no other is left
+    assert function(torch.ones(1, 3)).equal(expected)
 
 
 def test_float32_of_many_numbers(loop):
