@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -63,12 +64,13 @@ def _flags() -> list[str]:
 
 
 def _library() -> Path:
-    """Where the built library belongs: one per state of the sources, torch version and kind of processor."""
+    """Where the built library belongs: one per state of the sources, version of torch, kind of Python and of processor."""
     processor = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), processor)
     parts = [*(source.read_text() for source in _SOURCES), torch.__version__, platform.machine(), processor, *_flags()]
+    parts.append(str(sysconfig.get_config_var("SOABI")))
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "lmu_hf" / f"scan-{key}.so"
