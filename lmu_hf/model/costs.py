@@ -120,7 +120,7 @@ _COMPILED_FFT = (
     _Transforms(433e3, 0.103, 0.12, 0.0, 0.0, 0.37, 2.0),
     _Transforms(751e3, 0.125, 1.19, 0.0, 0.0, 0.89, 1.5),
 )
-_CONVOLVED = _Transforms(1.92e6, 0.091, 4.28, 0.86, 1.02, 1.15, 0.0)
+_CONVOLVED = _Transforms(2.63e6, 0.594, 3.94, 0.86, 1.12, 1.45, 0.0)
 # Steps from which they are worth it for many rows: of fewer, one product does it all.
 _TRANSFORMED = 32
 _LANES = 8
@@ -187,6 +187,10 @@ def memory_chunk(rows: int, steps: int, order: int, *, training: bool, measured:
 _PYTHON_STEP = 50e3
 
 
+# What a merged run without feedback takes, in shares of one with it.
+_MERGED_ALONE = 0.9
+
+
 class Recurrence(NamedTuple):
     """The sizes of a run whose steps depend on each other: B, T, D, N, the hidden size H and the width G of its gates."""
 
@@ -207,12 +211,12 @@ def lookahead_costs(sizes: Recurrence) -> dict[int, float]:
     rows, width = batch * steps, dims + gates
     costs = {}
     for size in (size for size in CHUNKS[:7] if size <= max(steps, 1)):
-        products = rows * ((hidden + size * dims / 2) * width + dims * order * width + dims * order * order / size)
-        numbers = rows * (3.62 * (width + hidden) + 0.53 * dims * size + 4 * dims * order / size)
+        products = 0.0678 * (hidden + dims * order) * width + 0.0222 * dims * order * order / size
+        numbers = 3.11 * (width + hidden) + 0.314 * dims * size + 4.41 * dims * order / size
+        kernel = 0.0336 * size * dims * width
         # Each chunk reads what advances the memory.
-        chunks = -(-steps // size) * (3.24e3 + 0.12 * order * order)
-        building = 12.3 * size * dims * order * width
-        costs[size] = 3.05e6 + 0.045 * products + numbers + chunks + building
+        chunks, building = -(-steps // size) * (7.04e3 + 0.128 * order * order), 9.03 * size * dims * order * width
+        costs[size] = 4.78e6 + rows * (products + numbers + kernel) + chunks + building
     return costs
 
 
@@ -233,9 +237,9 @@ def uncoupled_costs(sizes: Recurrence, *, compiled: bool, at_rest: bool = False)
         operators = size * dims * gates * (order + size)
         if compiled:
             folds = steps * max(recurrent + flat * gates - 1e5, 0)
-            building = 4.3 * operators + 11.7 * max(operators - 1e6, 0)
-            work = 0.0754 * products + rows * 3.4 * (gates + hidden) + 0.1 * folds
-            costs["folded", size] = 2.82e6 + 128e3 * chunks + 1036 * steps + work + building
+            building = 4.91 * operators + 1.19 * max(operators - 1e6, 0)
+            work = 0.0706 * products + rows * 3.24 * (gates + hidden) + 0.09 * folds
+            costs["folded", size] = 3.91e6 + 114e3 * chunks + 554 * steps + work + building
         else:
             numbers = rows * (5.5 * (gates + hidden) + 19.2 * dims + 34.4 * flat / size)
             costs["folded", size] = 2.13e6 + 80.5e3 * chunks + 750 * steps + 0.03 * products + numbers + 9.5 * operators
@@ -246,15 +250,15 @@ def uncoupled_costs(sizes: Recurrence, *, compiled: bool, at_rest: bool = False)
         # With few rows, reading the chunk's operator costs more than multiplying with it.
         operator = 0 if step_by_step else steps * (size + order) * order
         if compiled:
-            work = 0.0628 * products + 4.07 * numbers + 0.058 * operator + 0.154 * reading
-            costs["written", size] = 2.92e6 + 140e3 * chunks + 837 * steps + work
+            work = 0.0542 * products + 4.43 * numbers + 0.137 * operator + 0.192 * reading
+            costs["written", size] = 3.65e6 + 115e3 * chunks + work
         else:
             work = 0.0275 * products + 5.6 * numbers + 0.136 * operator
             costs["written", size] = 1.71e6 + 83.7e3 * chunks + 755 * steps + work
     if compiled and at_rest:
-        kernel = steps * dims * gates * (0.068 * order + 8)
+        kernel = steps * dims * gates * (0.01 * order + 0.38)
         transforms = _transforms_cost(_CONVOLVED, batch, steps, gates, dims)
-        costs["convolved", 0] = transforms + kernel + 109 * steps + 0.09 * rows * recurrent + 0.033 * reading
+        costs["convolved", 0] = transforms + kernel + 0.053 * rows * recurrent + 0.175 * reading
     return costs
 
 
@@ -264,8 +268,8 @@ def merged_cost(sizes: Recurrence) -> float:
     linear, rows = dims * order, batch * steps
     matrix = (linear + hidden) * (linear + gates)
     # What does not stay in the cache next to the processor is read anew in each step.
-    reading = 0.051 * steps * max(matrix - 1e5, 0)
-    return 1.6e6 + 658 * steps + rows * (0.0407 * matrix + 1.74 * (linear + hidden + gates)) + 66 * matrix + reading
+    reading = 0.0495 * steps * max(matrix - 1e5, 0)
+    return 1.86e6 + 745 * steps + rows * (0.0612 * matrix + 1.44 * (linear + hidden + gates)) + 27.6 * matrix + reading
 
 
 def lookahead_chunk(sizes: Recurrence, *, measured: bool) -> int:
@@ -311,5 +315,6 @@ def recurrence_algorithm(
         own = uncoupled_costs(sizes, compiled=compiled, at_rest=at_rest)
         costs = {way: first + cost for way, cost in own.items()}
     if measured and merges and (compiled or hidden_to_memory):
-        costs["merged", 0] = merged_cost(sizes) - (0 if compiled else sizes.steps * _PYTHON_STEP)
+        merged = merged_cost(sizes) - (0 if compiled else sizes.steps * _PYTHON_STEP)
+        costs["merged", 0] = merged if hidden_to_memory else _MERGED_ALONE * merged
     return min(costs, key=costs.__getitem__)

@@ -21,18 +21,26 @@ MEMORIES = [
     for sizes in itertools.product((1, 8, 64, 512), (16, 128, 1024, 8192), (4, 8, 32, 128, 256))
     if sizes[0] * sizes[1] * sizes[2] <= 1 << 23
 ]
-# Batch, steps, memory dimensions, order, hidden units of layers with a recurrent cell.
+# Batch, steps, memory dimensions, order, hidden units of layers with a recurrent cell, and the cell.
 LAYERS = [
-    (1, 784, 1, 256, 212),
-    (32, 784, 1, 256, 212),
-    (16, 512, 1, 64, 128),
-    (16, 512, 16, 16, 128),
-    (32, 256, 64, 8, 64),
-    (64, 28, 10, 3, 16),
-    (1, 400, 4, 16, 64),
-    (16, 400, 1, 16, 128),
-    (100, 400, 10, 3, 128),
-    (100, 28, 16, 8, 32),
+    (1, 784, 1, 256, 212, "rnn"),
+    (32, 784, 1, 256, 212, "rnn"),
+    (100, 784, 1, 256, 212, "rnn"),
+    (16, 512, 1, 64, 128, "rnn"),
+    (16, 512, 16, 16, 128, "rnn"),
+    (32, 256, 64, 8, 64, "rnn"),
+    (64, 28, 10, 3, 16, "rnn"),
+    (1, 400, 4, 16, 64, "rnn"),
+    (16, 400, 1, 16, 128, "rnn"),
+    (100, 400, 10, 3, 128, "rnn"),
+    (100, 28, 16, 8, 32, "rnn"),
+    (2, 256, 8, 8, 128, "rnn"),
+    (8, 64, 1, 128, 128, "rnn"),
+    (1, 128, 1, 32, 256, "rnn"),
+    (2, 64, 1, 32, 64, "lstm"),
+    (32, 128, 2, 64, 64, "lstm"),
+    (2, 128, 1, 64, 64, "gru"),
+    (16, 256, 4, 16, 32, "gru"),
 ]
 
 # Seconds for which a shorter call is repeated, so that it is not its threads' waking up that is compared.
@@ -75,9 +83,11 @@ def _memory(rows: int, steps: int, order: int, training: bool, runs: int) -> dic
     return {**sizes, **_compared(ways, call, (chosen.memory, chosen.chunk), runs)}
 
 
-def _layer(batch: int, steps: int, dims: int, order: int, hidden: int, coupled: bool, training: bool, runs: int) -> dict:
+def _layer(
+    batch: int, steps: int, dims: int, order: int, hidden: int, cell: str, coupled: bool, training: bool, runs: int
+) -> dict:
     feedback = {"hidden_to_memory": coupled, "memory_to_memory": coupled, "input_to_hidden": True}
-    layer = LMU(dims, dims, order, 1.0 * steps, "rnn", hidden, return_sequences=True, **feedback)
+    layer = LMU(dims, dims, order, 1.0 * steps, cell, hidden, return_sequences=True, **feedback)
     x = torch.randn(batch, steps, dims)
     chosen = layer.explain(batch, steps, training=training)
 
@@ -94,7 +104,7 @@ def _layer(batch: int, steps: int, dims: int, order: int, hidden: int, coupled: 
         ways = [(memory, size) for memory in ("folded", "written") for size in (8, 16, 32, 64) if size <= max(steps, 8)]
         ways.append(("convolved", 0))
     ways.append(("merged", 0))
-    sizes = {"batch": batch, "steps": steps, "memory_d": dims, "order": order, "hidden": hidden}
+    sizes = {"batch": batch, "steps": steps, "memory_d": dims, "order": order, "cell": cell, "hidden": hidden}
     return {**sizes, "coupled": coupled, "training": training, **_compared(ways, call, (chosen.memory, chosen.chunk), runs)}
 
 
