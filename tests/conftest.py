@@ -91,13 +91,17 @@ def python_loop(monkeypatch):
     monkeypatch.setenv("LMU_HF_NATIVE", "0")
 
 
+@pytest.fixture
+def compiled_loop():
+    """The compiled time loop, for tests that are about nothing else."""
+    if lmu_hf.native.why_not() is not None:
+        pytest.skip(f"no compiled loop: {lmu_hf.native.why_not()}")
+
+
 @pytest.fixture(params=["python", "compiled"])
 def loop(request):
     """Which time loop runs: each in turn."""
-    if request.param == "python":
-        request.getfixturevalue("python_loop")
-    elif lmu_hf.native.why_not() is not None:
-        pytest.skip(f"no compiled loop: {lmu_hf.native.why_not()}")
+    request.getfixturevalue(f"{request.param}_loop")
     return request.param
 
 

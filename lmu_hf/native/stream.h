@@ -20,7 +20,6 @@ struct None {
 };
 
 // A layer and the states of its streams, prepared: looking up what a step needs would take longer than many a step.
-//
 struct Stream : torch::CustomClassHolder {
   // states: m (B, D, N) and the hidden ones, contiguous; all are updated. Of the encoder come the columns (D, ...), which read
   // [x, h, m], h and m only where they are fed back; the other matrices in panels, the transposed A as the two parts of its HODLR
@@ -57,8 +56,8 @@ struct Stream : torch::CustomClassHolder {
     const at::Tensor& first = states[0];
     const bool plain = given.is_cpu() && given.is_contiguous() && !given.is_neg();
     const at::Tensor x = plain ? given : given.detach().cpu().resolve_neg().contiguous();
-    TORCH_CHECK(x.dim() == 2 && x.size(0) == first.size(0) && x.size(1) == inputs && x.scalar_type() == first.scalar_type(),
-        "expected (B, inputs) of the dtype of the states");
+    const bool fits = x.dim() == 2 && x.size(0) == first.size(0) && x.size(1) == inputs;
+    TORCH_CHECK(fits && x.scalar_type() == first.scalar_type(), "expected (B, inputs) of the dtype of the states");
     at::Tensor output = at::detail::empty_cpu({first.size(0), outputs}, first.options());
     run(x.const_data_ptr(), output.mutable_data_ptr());
     return output;

@@ -52,10 +52,7 @@ def naive_recurrent_scan(cell, given, matrix, states, *, constant=False):
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """The loop in Python and the compiled one, both by segments, and the compiled one that reads inputs."""
-    if request.param == "python":
-        request.getfixturevalue("python_loop")
-    elif lmu_hf.native.why_not() is not None:
-        pytest.skip(f"no compiled loop: {lmu_hf.native.why_not()}")
+    request.getfixturevalue("python_loop" if request.param == "python" else "compiled_loop")
     if request.param != "reads":
         monkeypatch.setattr(module, "MOST_NUMBERS", 0)
         monkeypatch.setattr(module, "_ROWS", 1)  # segments of 16 steps

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import lmu_hf
 from lmu_hf import LMU
 from lmu_hf.model import stepper
 from lmu_hf.model.hodlr import hodlr
@@ -168,9 +167,8 @@ def test_samples_however_they_lie_in_memory(loop):
     assert run(layer.stepper(2), x.requires_grad_()).equal(expected)
 
 
+@pytest.mark.usefixtures("compiled_loop")
 def test_the_compiled_step_goes_another_way_without_headers_of_python(monkeypatch):
-    if lmu_hf.native.why_not() is not None:
-        pytest.skip(f"no compiled loop: {lmu_hf.native.why_not()}")
     layer, x = LMU(3, 2, 4, 9.0, "rnn", 5, hidden_to_memory=True), torch.randn(6, 2, 3)
     expected = run(layer.stepper(2), x)
     monkeypatch.setattr(stepper, "_function_of", lambda stream: None)
@@ -180,6 +178,7 @@ def test_the_compiled_step_goes_another_way_without_headers_of_python(monkeypatc
         step(torch.zeros(1, 3))
 
 
+@pytest.mark.usefixtures("compiled_loop")
 def test_a_compiled_step_lives_as_long_as_it_is_held():
     step = LMU(3, 2, 4, 9.0, "rnn", 5).stepper()
     expected = step(torch.ones(1, 3))
