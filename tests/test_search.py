@@ -35,12 +35,12 @@ def test_search(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(module, "task_of", without_test_part)
     experiment = Experiment.from_dict(CONFIG)
-    results = [search(experiment, tmp_path / name, trials=2) for name in ("a", "b")]
+    results = [search(experiment, tmp_path / name, trials=3) for name in ("a", "b")]
     for result, folder in zip(results, ("a", "b"), strict=True):
         assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["best.yaml", "trials.json"]
         assert json.loads((tmp_path / folder / "trials.json").read_text()) == result
         assert (result["part"], result["metric"], result["direction"]) == ("validation", "accuracy", "maximize")
-        assert len(result["trials"]) == 2
+        assert len(result["trials"]) == 3
         assert result["best"]["value"] == max(trial["value"] for trial in result["trials"])
     assert [trial["settings"] for trial in results[0]["trials"]] == [trial["settings"] for trial in results[1]["trials"]]
     assert [trial["value"] for trial in results[0]["trials"]] == [trial["value"] for trial in results[1]["trials"]]
@@ -50,7 +50,7 @@ def test_search(tmp_path, monkeypatch, capsys):
         assert getattr(found, section)[key] == value
     assert "save_strategy" not in found.training
     assert found.seed == experiment.seed
-    assert capsys.readouterr().out.count("trial 2 of 2: accuracy") == 2
+    assert capsys.readouterr().out.count("trial 3 of 3: accuracy") == 2
     with pytest.raises(InputError, match="is not empty and is left as it is"):
         search(experiment, tmp_path / "a", trials=1)
 

@@ -304,11 +304,11 @@ def test_every_cut_is_found(tmp_path, form):
     made = Made()
     path = made.h5(tmp_path / "model") if form == "h5" else made.keras(tmp_path / "model")
     whole, rng = path.read_bytes(), np.random.default_rng(0)
-    for length in range(0, len(whole), len(whole) // 24):
+    for length in range(0, len(whole), len(whole) // 40):
         path.write_bytes(whole[:length])
         with pytest.raises(InputError):
             from_keras(path)
-    for _ in range(24):
+    for _ in range(40):
         harmed = bytearray(whole)
         for place in rng.integers(len(whole), size=4):
             harmed[place] = rng.integers(256)

@@ -361,9 +361,8 @@ def compiler():
 
 
 @with_triton
-@pytest.mark.parametrize(
-    ("case", "architecture"), [(case, 80) for case in COMPILED] + [(case, 90) for case in COMPILED[::2]], ids=str
-)
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_compiles(compiler, case, architecture, tmp_path):
     for ptx, machine_code, shared in compiler.submit(compile_for, architecture, case, str(tmp_path)).result():
         assert f".target sm_{architecture}" in ptx
