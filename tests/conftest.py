@@ -52,13 +52,13 @@ def _seed():
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_processes():
-    """Runs within a test reload their model in the same process: a fresh one takes longer than they do. Those that tests start as
-    processes of their own do what the command line does. What else starts Python here, starts it quickly."""
+    """Runs within a test reload their model in the same process; those that tests start as processes of their own do what the
+    command line does. What else starts Python here, starts it quickly."""
     quick = SimpleNamespace(run=processes.run)
     with pytest.MonkeyPatch.context() as patch:
         for module in (evaluation, example):
             patch.setattr(module, "subprocess", quick)
-        patch.setattr(evaluation, "score_in_fresh_process", lambda folder, data: evaluation.evaluate(folder, data=data))
+        processes.reload_here(patch.setattr)
         yield
 
 

@@ -12,7 +12,7 @@ import processes
 from transformers import Trainer
 from transformers import trainer as trainer_module
 
-from lmu_hf import evaluation, running, training
+from lmu_hf import running, training
 from lmu_hf.cli import app
 
 
@@ -74,7 +74,7 @@ MOMENTS = {
 
 def target(arguments, moment=None):
     """What such a process does; with no moment it comes to its end."""
-    evaluation.score_in_fresh_process = lambda folder, data: evaluation.evaluate(folder, data=data)
+    processes.reload_here()
     if moment is not None:
         MOMENTS[moment]()
     app([str(argument) for argument in arguments], standalone_mode=False)

@@ -30,6 +30,13 @@ def start(target, *arguments):
     return process
 
 
+def reload_here(set_attribute=setattr):
+    """Makes runs reload their model in this process: a fresh one takes longer than they do."""
+    from lmu_hf import evaluation
+
+    set_attribute(evaluation, "score_in_fresh_process", lambda folder, data: evaluation.evaluate(folder, data=data))
+
+
 def run(command, *, env=None, cwd=None, check=False, capture_output=True, text=True):
     """``subprocess.run`` for commands ``[sys.executable, "-c" or "-m", ...]`` whose output is captured as text."""
     python, flag, code, *arguments = command

@@ -291,9 +291,9 @@ class LMU(nn.Module):
         dropout = cell.sample_dropout(x)
         steps = x.shape[1] if self.checkpoint_steps is None else self.checkpoint_steps
         whole = x.shape[1] <= steps or not torch.is_grad_enabled()
-        loops = (cell.coupled or self._hidden_is_recurrent) and x.shape[1] > 1 and self.algorithm != "naive"
         compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-        at_once = self._run_past_the_compiler if loops and compiling else self._run_at_once
+        unrolls = compiling and self.algorithm != "naive" and x.shape[1] > 1 and (cell.coupled or self._hidden_is_recurrent)
+        at_once = self._run_past_the_compiler if unrolls else self._run_at_once
         # A segment starts from the state of the one before.
         run = partial(at_once, cell, dropout, return_sequences, return_state or not whole)
         if whole:
