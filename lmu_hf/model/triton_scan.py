@@ -46,6 +46,7 @@ from torch import Tensor
 
 from .folding import ChunkOperators
 from .time_loop import State, TimeLoop, with_zeros
+from .triton_held import held_backward_kernel, held_backward_sizes, held_forward_kernel, held_sizes, holds
 from .triton_parts import ALIGNED, backward_sizes, block_sizes, memory_sizes, rows_per_program, takes_memory
 from .triton_steps import backward_kernel, forward_kernel
 
@@ -66,8 +67,10 @@ class TritonScan(TimeLoop):
         self.batch, size = self.states[0].shape
         self.steps = self.kept[0].shape[1]
         self.past, self.recurrent = self.step.tensor_split([len(self.step) - size])  # of u ((C - 1) * D, W), of h (H, W)
-        self.rows = rows_per_program(self.batch, self.step)
-        self.sizes = block_sizes(self.cell.kind, size, self.dims, self.chunk, self.rows)
+        of_step = (self.cell.kind, size, self.dims, self.chunk)
+        self.rows = rows_per_program(self.batch, self.step, held=holds(*of_step))
+        self.held = self.rows == 1 and holds(*of_step)
+        self.sizes = held_sizes(*of_step) if self.held else block_sizes(*of_step, self.rows)
         self.states = tuple(state.contiguous() for state in self.states)
         # An argument that a kind has no use for still has to be some pointer.
         hidden, *further = self.kept
@@ -85,9 +88,17 @@ class TritonScan(TimeLoop):
         return self.memory
 
     @cached_property
-    def forwards(self) -> tuple[Tensor, Tensor, Tensor]:
+    def forwards(self) -> dict[str, Tensor]:
         """The matrices as the kernel of this direction takes them."""
-        return self.step[:, : self.dims].mT.contiguous(), self._by_gate(self.past), self._by_gate(self.recurrent)
+        if self.held:
+            matrix = _filled_up(self._with_u(self.step))
+            return {"matrix": matrix, "square": matrix[-self.step.shape[1] :]}
+        to_u = self.step[:, : self.dims].mT.contiguous()
+        return {"to_u": to_u, "kernel": self._by_gate(self.past), "recurrent": self._by_gate(self.recurrent)}
+
+    def _with_u(self, step: Tensor) -> Tensor:
+        """The step matrix, with rows for the u of the step before even if a chunk of one step has none."""
+        return F.pad(step, (0, 0, self.dims, 0)) if self.chunk == 1 else step
 
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
         alone = {**dict.fromkeys(("memory", "after", "power", "response"), self.states[0]), "system": 0}
@@ -100,11 +111,9 @@ class TritonScan(TimeLoop):
         distances = {"known_row": known.stride(0), "known_step": known.stride(1), "u_row": places["u"].stride(0)}
         distances["memory_row"] = places["memory"].stride(0) if "memory" in places else 0
 
-        def constants() -> dict[str, Any]:
-            names = ("to_u", "kernel", "recurrent", "hidden", "cell", "gates", "initial", "initial_cell")
-            return dict(zip(names, (*self.forwards, *self.kept, self.states[0], self.states[-1]), strict=True)) | others
-
-        self._launch(forward_kernel, places, {"first": first, "count": count, "further": further}, distances, constants)
+        kernel = held_forward_kernel if self.held else forward_kernel
+        numbers = {"first": first, "count": count, "further": further}
+        self._launch(kernel, places, numbers, distances, lambda: {**self.forwards, **others})
 
     def chunk_forward(
         self,
@@ -132,12 +141,17 @@ class TritonScan(TimeLoop):
 
     def start_backward(self, grads: State) -> None:
         self.grads = [grad.contiguous() for grad in with_zeros(grads, self.states)]
+        self.carry = torch.zeros_like(self.states[0])
+        if self.held:
+            self.sizes = held_backward_sizes(self.sizes)
+            older, square = self._with_u(self.step).tensor_split([-self.step.shape[1]])
+            self.backwards = {"square": _filled_up(torch.cat([square, older]).mT)}
+            return
         self.sizes = backward_sizes(self.sizes)
         by_lag = self.past.unflatten(0, (-1, self.dims)) if self.dims else self.past.unsqueeze(1)
-        self.lags = by_lag.flip(0).transpose(0, 1).contiguous()
-        self.transposed = _filled_up(self.recurrent.mT)
-        self.carry = torch.zeros_like(self.states[0])
+        lags = by_lag.flip(0).transpose(0, 1).contiguous()
         self.carried = self.carry.new_zeros(2, *self.carry.shape)
+        self.backwards = {"lags": lags, "transposed": _filled_up(self.recurrent.mT), "carried": self.carried}
 
     def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
         alone = {**dict.fromkeys(("after", "arrived", "power", "response"), self.states[0]), "system": 0}
@@ -151,11 +165,11 @@ class TritonScan(TimeLoop):
         distances["arrived_row"] = places["arrived"].stride(0) if "arrived" in places else 0
 
         def constants() -> dict[str, Any]:
-            names = ("lags", "transposed", "grads", "grads_cell", "hidden", "cell", "gates", "initial", "initial_cell")
-            values = (self.lags, self.transposed, self.grads[0], self.grads[-1], *self.kept, self.states[0], self.states[-1])
-            return {**dict(zip(names, values, strict=True)), "carry": self.carry, "carried": self.carried, **others}
+            of_state = {"grads": self.grads[0], "grads_cell": self.grads[-1], "carry": self.carry}
+            return {**self.backwards, **of_state, **others}
 
-        self._launch(backward_kernel, places, {"first": first, "count": count}, distances, constants)
+        kernel = held_backward_kernel if self.held else backward_kernel
+        self._launch(kernel, places, {"first": first, "count": count}, distances, constants)
 
     def _launch(
         self,
@@ -187,8 +201,11 @@ class TritonScan(TimeLoop):
                     arguments[position] = value
                 launch(*arguments)
                 return
-            size = {"batch": self.batch, "steps": self.steps}
-            named = {**self.sizes, **constants(), **places, **numbers, **distances, **size}
+            names = ("hidden", "cell", "gates", "initial", "initial_cell", "batch", "steps")
+            values = (*self.kept, self.states[0], self.states[-1], self.batch, self.steps)
+            named = {**constants(), **dict(zip(names, values, strict=True)), **places, **numbers, **distances}
+            # Some have no use for some.
+            named = self.sizes | {name: value for name, value in named.items() if name in kernel.arg_names}
             compiled = kernel[self.grid](**named)
             if _TAKES_ALL and compiled is not None:  # there is none under the interpreter
                 arguments = [named[name] for name in kernel.arg_names]
@@ -206,7 +223,7 @@ class TritonScan(TimeLoop):
         return place
 
     def initial_gradients(self) -> State:
-        return (self.carry, self.carried[0])[: len(self.states)]
+        return (self.carry,) if len(self.states) == 1 else (self.carry, self.carried[0])
 
 
 def _filled_up(matrix: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def test_kernels_equal_the_naive_scan(runs, case, monkeypatch):
     from lmu_hf.model import triton_scan
 
     *case, rows = case
-    monkeypatch.setattr(triton_scan, "rows_per_program", lambda batch, like: rows)
+    monkeypatch.setattr(triton_scan, "rows_per_program", lambda batch, like, held: rows)
     with torch.device("cuda"):
         results = runs(triton_scan.TritonScan, *case)
         for ours, naive in zip(results, runs(NaiveScan, *case), strict=True):

@@ -31,7 +31,12 @@ CASES = [
     ("tanh", 17, 33, 1, 8, 11, 4),
     ("tanh", 3, 212, 1, 16, 17, 4),
     ("tanh", 3, 300, 0, 1, 3, 4),
-    ("tanh", 2, 33, 0, 1, 6, 1),
+    ("tanh", 2, 33, 0, 1, 6, 2),
+    ("tanh", 2, 256, 0, 1, 5, 1),
+    ("tanh", 2, 130, 1, 32, 40, 1),
+    ("sigmoid", 2, 227, 2, 8, 10, 1),
+    ("relu", 1, 60, 3, 40, 41, 1),
+    ("linear", 2, 33, 0, 1, 6, 1),
     ("sigmoid", 3, 5, 3, 2, 7, 1),
     ("relu", 1, 33, 2, 8, 11, 1),
     ("linear", 17, 5, 3, 2, 5, 4),
@@ -143,15 +148,18 @@ class Kept:
 
 
 def interpreted(runs, *case, rows):
-    """Results, and how many launches of both kernels took what was kept of the ones before."""
+    """Results, and how many launches in either direction took what was kept of the ones before."""
     from lmu_hf.model import triton_scan
 
-    triton_scan.rows_per_program = lambda batch, like: rows
-    kernels = {name: Kept(getattr(triton_scan, name)) for name in ("forward_kernel", "backward_kernel")}
+    triton_scan.rows_per_program = lambda batch, like, held: rows
+    names = [prefix + way for way in ("forward_kernel", "backward_kernel") for prefix in ("", "held_")]
+    kernels = {name: Kept(getattr(triton_scan, name)) for name in names}
     with pytest.MonkeyPatch.context() as patch:
         for name, kernel in kernels.items():
             patch.setattr(triton_scan, name, kernel)
-        return runs(triton_scan.TritonScan, *case), [kernel.in_order for kernel in kernels.values()]
+        results = runs(triton_scan.TritonScan, *case)
+    in_order = [kernel.in_order for kernel in kernels.values()]
+    return results, [sum(in_order[:2]), sum(in_order[2:])]
 
 
 def interpreted_layer(arguments, autocast, weights, x, lengths):
@@ -219,10 +227,11 @@ def test_equals_naive(interpreter, runs, case):
 
 
 @with_triton
-def test_what_was_compiled_is_launched_again(interpreter):
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_was_compiled_is_launched_again(interpreter, rows):
     # Four and five chunks, in segments whose rows lie apart differently: two first launches of nine, and backwards that twice.
     case = ("tanh", 2, 4, 1, 1, 4, 4, 36)
-    results, in_order = interpreter.submit(interpreted, run_feedback, *case, rows=1).result()
+    results, in_order = interpreter.submit(interpreted, run_feedback, *case, rows=rows).result()
     assert in_order == [7, 14]
     for ours, naive in zip(results, run_feedback(NaiveScan, *case), strict=True):
         close(ours, naive, 5e-6)
@@ -287,7 +296,7 @@ def test_pointwise_functions_to_the_last_digits(interpreter):
 def pointwise(kind, x):
     from lmu_hf.model import triton_scan
 
-    triton_scan.rows_per_program = lambda batch, like: 4
+    triton_scan.rows_per_program = lambda batch, like, held: 4
     states = (torch.zeros(len(x) // 16, 16),)
     kept = Pointwise(kind).allocate(states, 1)
     scan = triton_scan.TritonScan(Pointwise(kind), torch.zeros(16, 16), 1, 0, states, kept)
