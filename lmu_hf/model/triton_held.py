@@ -264,9 +264,10 @@ def held_sizes(kind: str, size: int, dims: int, chunk: int, order: int = 0) -> d
 
 
 def held_backward_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
-    """What the backward kernel takes otherwise: columns for the u of a chunk too."""
+    """What the backward kernel takes: columns for the u of a chunk too."""
     size, dims, chunk = sizes["SIZE"], sizes["DIMS"], sizes["CHUNK"]
     of_chunk = size + dims + max(chunk - 2, 0) * dims
+    sizes = {name: size for name, size in sizes.items() if name != "LAGS"}
     return {**sizes, **_shared(of_chunk), "BLOCK_C": max(triton.next_power_of_2(chunk), 16)}
 
 

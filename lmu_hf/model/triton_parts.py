@@ -20,8 +20,6 @@ from torch import Tensor
 _HELD = 1 << 14
 # Rows of the matrices are filled up to a multiple of this, for loads of 16 bytes, the longest there are.
 ALIGNED = 8
-# So many programs one after the other on a processor are still faster, each with the matrix in registers, than rows together.
-_WAVES = 8
 # Numbers of a tile, so many that a thread has 32 loads under way.
 _TILE = 1 << 13
 
@@ -304,8 +302,8 @@ def backward_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
 
 def rows_per_program(batch: int, like: Tensor, *, held: bool = False) -> int:
     """One, two or four: the fewest that leave no program waiting for a processor, each of which has registers for one of them;
-    with so many rows that all leave some, four. One too where the matrix is ``held``, which is worth waiting for."""
-    processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 1
-    if held and batch <= _WAVES * processors:
+    with so many rows that all leave some, four. One where the matrix is ``held``, however long the rows wait for each other."""
+    if held:
         return 1
+    processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 1
     return next((rows for rows in (1, 2) if batch <= rows * processors), 4)

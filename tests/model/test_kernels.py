@@ -141,6 +141,8 @@ class Kept:
     def __getitem__(self, grid):
         def launch(*arguments, **named):
             self.in_order += bool(arguments)
+            # The interpreter does not mind, but Triton refuses names that a kernel does not have.
+            assert named.keys() <= {*self.arg_names, "num_warps", "num_stages"}
             self.kernel[grid](*arguments, **named)
             return self
 
