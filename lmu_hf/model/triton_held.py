@@ -20,7 +20,11 @@ except ImportError:
 
 from typing import Any
 
-from .triton_parts import ALIGNED, activation, advance, derivative, memory_sizes, send_back
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .triton_parts import activation, derivative
 
 # The most columns: with so many, 192 rows of the matrix are held, 192 of the 255 registers that each of 256 threads can have.
 _COLUMNS = 256
@@ -81,197 +85,165 @@ def by_square(y, square, held_0, held_1, WIDTH: tl.constexpr, COLUMNS: tl.conste
     return part
 
 
-@triton.jit(do_not_specialize=["first", "count", "system", "further"])
-def held_forward_kernel(
-    known,
-    matrix,
-    square,
-    u,
-    hidden,
-    initial,
-    memory,
-    after,
-    power,
-    response,
-    first,
-    count,
-    steps,
-    known_row,
-    known_step,
-    u_row,
-    memory_row,
-    system,
-    further,
-    KIND: tl.constexpr,
-    SIZE: tl.constexpr,
-    DIMS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SHARE: tl.constexpr,
-    LAGS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ORDER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-):
-    """:meth:`NaiveScan.forward` for one row; ``matrix`` is the step matrix with its rows filled up to a multiple of ALIGNED,
-    ``square`` (W, the same) its last W rows. With ORDER > 0 :func:`time_loop.advance` follows, as in :mod:`triton_steps`."""
+@triton.jit
+def last_of(x, COUNT: tl.constexpr):
+    """The last COUNT numbers of x (1, N)."""
+    for _ in tl.static_range(8):
+        if x.shape[1] > COUNT:
+            unused, x = halves(x)
+    return x
+
+
+@triton.jit
+def run_forwards(
+    known, known_step, matrix, square, past, hidden, initial, row, first, count, steps,
+    KIND: tl.constexpr, SIZE: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARE: tl.constexpr, HISTORY: tl.constexpr,
+):  # fmt: skip
+    """``count`` steps of a row from step ``first`` on, which a chunk starts with if there are memory dimensions.
+
+    ``known`` points at what is known of the first of them, ``past`` at where its u goes. ``matrix`` is the step matrix, its rows
+    filled up to COLUMNS; the last HISTORY of these make the u of the step once more, so that each number of the u of the chunk
+    has a thread that keeps it. ``square`` are its last W rows.
+    """
     WIDTH: tl.constexpr = DIMS + SIZE
-    STRIDE: tl.constexpr = (WIDTH + ALIGNED - 1) // ALIGNED * ALIGNED
     OLDER: tl.constexpr = (CHUNK - 2) * DIMS if CHUNK > 2 else 0
-    row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, COLUMNS)[None, :]
     of_hidden = (n >= DIMS) & (n < WIDTH)
-    held_0 = rows_of(square, 0, WIDTH, 128 if COLUMNS == 256 else COLUMNS, COLUMNS, STRIDE)
+    held_0 = rows_of(square, 0, WIDTH, 128 if COLUMNS == 256 else COLUMNS, COLUMNS, COLUMNS)
     held_1 = held_0
     if COLUMNS == 256 and WIDTH > 128:
-        held_1 = rows_of(square, 128, WIDTH, 64, COLUMNS, STRIDE)
-    past = u + row * u_row + first * DIMS
+        held_1 = rows_of(square, 128, WIDTH, 64, COLUMNS, COLUMNS)
+    number = n - (COLUMNS - HISTORY)  # of the u of the chunk
+    column = n
+    if HISTORY > 0:
+        column = tl.where(number >= 0, number % DIMS, n)
     out = hidden + (row * steps + first) * SIZE - DIMS + n
     if first == 0:
         y = tl.load(initial + row * SIZE - DIMS + n, mask=of_hidden, other=0.0)
     else:
         y = tl.load(out - SIZE, mask=of_hidden, other=0.0)
     for j in range(count):
-        now = tl.load(known + row * known_row + j * known_step + n, mask=n < WIDTH, other=0.0)
-        part = by_square(y, square, held_0, held_1, WIDTH, COLUMNS, STRIDE, SHARE)
-        # So many numbers of the u before, those of the last step being in y.
-        older = (j - 1) * DIMS
-        if OLDER > 0:
-            for start in tl.range(0, older, LAGS):
-                k = start + tl.arange(0, LAGS)
-                before = tl.load(past + k[None, :], mask=k[None, :] < older, other=0.0)
-                of_lags = matrix + (OLDER - older + k[None, :, None]) * STRIDE + n[:, None, :]
-                fits = (k[None, :, None] < older) & (n < STRIDE)[:, None, :]
-                part += by_warps(before, tl.load(of_lags, mask=fits, other=0.0), SHARE)
+        now = tl.load(known + j * known_step + column, mask=column < WIDTH, other=0.0)
+        part = by_square(y, square, held_0, held_1, WIDTH, COLUMNS, COLUMNS, SHARE)
+        if HISTORY > 0:
+            # So many numbers of the u before, those of the last step being in y once more.
+            older = (j - 1) * DIMS
+            lags = matrix + (OLDER - older) * COLUMNS
+            if HISTORY > 16:
+                early, late = halves(last_of(y, HISTORY))
+                part += by_warps(early, rows_of(lags, 0, older, HISTORY // 2, COLUMNS, COLUMNS), SHARE)
+                if older > HISTORY // 2:
+                    part += by_warps(late, rows_of(lags, HISTORY // 2, older, HISTORY // 2, COLUMNS, COLUMNS), SHARE)
+            else:
+                part += by_warps(last_of(y, HISTORY), rows_of(lags, 0, older, HISTORY, COLUMNS, COLUMNS), SHARE)
         sums = now + across_warps(part)
-        y = tl.where(n < DIMS, sums, activation(sums, KIND))
+        new = tl.where(n < DIMS, sums, activation(sums, KIND))
+        if HISTORY > 0:
+            new = tl.where(number >= 0, tl.where(number // DIMS == j, sums, y), new)
+        y = new
         tl.store(out + j * SIZE, y, mask=of_hidden)
         if DIMS > 0:
             tl.store(past + j * DIMS + n, y, mask=n < DIMS)
-            tl.debug_barrier()  # the next step reads what other threads wrote
-    if ORDER > 0:  # noqa: SIM102, the compiler decides the one, the kernel the other
-        if further != 0:
-            tl.debug_barrier()
-            rows = row + tl.arange(0, 1)
-            advance(
-                memory + rows * memory_row, u + rows * u_row + first * DIMS, after + rows * memory_row, rows >= 0,
-                power, response, system, ORDER, DIMS, CHUNK, 1, BLOCK_M, BLOCK_L,
-            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first", "count", "system"])
-def held_backward_kernel(
-    square,
-    grad_u,
-    grad_sums,
-    grads,
-    hidden,
-    carry,
-    after,
-    arrived,
-    power,
-    response,
-    first,
-    count,
-    steps,
-    grad_u_row,
-    sums_row,
-    arrived_row,
-    system,
-    KIND: tl.constexpr,
-    SIZE: tl.constexpr,
-    DIMS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SHARE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ORDER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """:meth:`NaiveScan.backward` for one row.
+@triton.jit
+def run_backwards(
+    square, grad_u, grad_sums, grads, hidden, carry, row, first, count, steps,
+    KIND: tl.constexpr, SIZE: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
+    """The adjoint of :func:`run_forwards`.
 
-    ``square`` (W, filled up) is the transposed one, [y before, the u of the steps before that], oldest first: what a step sends
-    to these is added to ``grad_u``, from where it is read when their turn comes. ``carry`` (B, H) passes what reaches h from one
-    call to the next. With ORDER > 0 the adjoint of :func:`time_loop.advance` comes first, as in :mod:`triton_steps`.
+    ``grad_u`` and ``grad_sums`` point at those of the first step. ``square`` (W, COLUMNS) is the transposed one, [y before, the
+    u of the steps before that], oldest first: what a step sends to these is added to ``grad_u``, from where it is read when their
+    turn comes. ``carry`` (B, H) passes what reaches h from one call to the next.
     """
     WIDTH: tl.constexpr = DIMS + SIZE
     OLDER: tl.constexpr = (CHUNK - 2) * DIMS if CHUNK > 2 else 0
-    STRIDE: tl.constexpr = (WIDTH + OLDER + ALIGNED - 1) // ALIGNED * ALIGNED
-    row = tl.program_id(0).to(tl.int64)
-    if ORDER > 0:
-        rows = row + tl.arange(0, 1)
-        send_back(
-            after + rows * arrived_row, grad_u + rows * grad_u_row, arrived + rows * arrived_row, rows >= 0, power, response,
-            system, ORDER, DIMS, CHUNK, 1, BLOCK_M, BLOCK_L, BLOCK_C,
-        )  # fmt: skip
-        tl.debug_barrier()
     n = tl.arange(0, COLUMNS)[None, :]
     of_hidden = (n >= DIMS) & (n < WIDTH)
-    held_0 = rows_of(square, 0, WIDTH, 128 if COLUMNS == 256 else COLUMNS, COLUMNS, STRIDE)
+    held_0 = rows_of(square, 0, WIDTH, 128 if COLUMNS == 256 else COLUMNS, COLUMNS, COLUMNS)
     held_1 = held_0
     if COLUMNS == 256 and WIDTH > 128:
-        held_1 = rows_of(square, 128, WIDTH, 64, COLUMNS, STRIDE)
-    of_u = grad_u + row * grad_u_row
+        held_1 = rows_of(square, 128, WIDTH, 64, COLUMNS, COLUMNS)
     here = (row * steps + first) * SIZE - DIMS + n
     carried = carry + row * SIZE - DIMS + n
-    # Where the gradients lie that reach y and, two steps and more before it, the u of a chunk.
-    places = tl.where(n < DIMS, of_u + n, grads + here)
-    steps_apart = tl.where(n < DIMS, DIMS, SIZE)
+    # Where the gradients that reach y lie, and how far those of the next step.
+    places = tl.where(n < DIMS, grad_u + n, grads + here)
+    apart = tl.where(n < DIMS, DIMS, SIZE)
     last = count - 1
-    grad = tl.load(places + last * steps_apart, mask=n < WIDTH, other=0.0)
+    grad = tl.load(places + last * apart, mask=n < WIDTH, other=0.0)
     grad += tl.load(carried, mask=of_hidden, other=0.0)
     output = tl.load(hidden + here + last * SIZE, mask=of_hidden, other=0.0)
     for back in range(count):
         j = last - back
         sums = tl.where(n < DIMS, grad, derivative(grad, output, KIND))
         sums = tl.where(n < WIDTH, sums, 0.0)
-        tl.store(grad_sums + row * sums_row + j * WIDTH + n, sums, mask=n < WIDTH)
+        tl.store(grad_sums + j * WIDTH + n, sums, mask=n < WIDTH)
         # Loads come before the product, which takes about as long as they do.
-        there = tl.load(places + (j - 1) * steps_apart, mask=(n < WIDTH) & (j > 0), other=0.0)
+        there = tl.load(places + (j - 1) * apart, mask=(n < WIDTH) & (j > 0), other=0.0)
         output = tl.load(hidden + here + (j - 1) * SIZE, mask=of_hidden & (j > 0), other=0.0)
         if OLDER > 0:
             oldest = (j - 1) * DIMS - OLDER + n - WIDTH
             sent_to = (n >= WIDTH) & (n < WIDTH + OLDER) & (oldest >= 0)
-            there += tl.load(of_u + oldest, mask=sent_to, other=0.0)
-        grad = there + across_warps(by_square(sums, square, held_0, held_1, WIDTH, COLUMNS, STRIDE, SHARE))
+            there += tl.load(grad_u + oldest, mask=sent_to, other=0.0)
+        grad = there + across_warps(by_square(sums, square, held_0, held_1, WIDTH, COLUMNS, COLUMNS, SHARE))
         if OLDER > 0:
-            tl.store(of_u + oldest, grad, mask=sent_to)
+            tl.store(grad_u + oldest, grad, mask=sent_to)
             tl.debug_barrier()  # the next step reads what other threads wrote
     tl.store(carried, grad, mask=of_hidden)
 
 
+@triton.jit(do_not_specialize=["first", "count"])
+def held_forward_kernel(
+    known, matrix, square, u, hidden, initial, first, count, steps, known_row, known_step, u_row,
+    KIND: tl.constexpr, SIZE: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARE: tl.constexpr, HISTORY: tl.constexpr,
+):  # fmt: skip
+    """:meth:`NaiveScan.forward` for one row."""
+    row = tl.program_id(0).to(tl.int64)
+    run_forwards(
+        known + row * known_row, known_step, matrix, square, u + row * u_row + first * DIMS, hidden, initial, row,
+        first, count, steps, KIND, SIZE, DIMS, CHUNK, COLUMNS, SHARE, HISTORY,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first", "count"])
+def held_backward_kernel(
+    square, grad_u, grad_sums, grads, hidden, carry, first, count, steps, grad_u_row, sums_row,
+    KIND: tl.constexpr, SIZE: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
+    """:meth:`NaiveScan.backward` for one row."""
+    row = tl.program_id(0).to(tl.int64)
+    run_backwards(
+        square, grad_u + row * grad_u_row, grad_sums + row * sums_row, grads, hidden, carry, row, first, count, steps,
+        KIND, SIZE, DIMS, CHUNK, COLUMNS, SHARE,
+    )  # fmt: skip
+
+
 def holds(kind: str, size: int, dims: int, chunk: int) -> bool:
     """Whether these kernels take such a step."""
-    return kind not in ("lstm", "gru") and 0 < size and size + dims + max(chunk - 2, 0) * dims <= _COLUMNS
+    return kind not in ("lstm", "gru") and 0 < size and size + dims + _history(dims, chunk) <= _COLUMNS
 
 
-def held_sizes(kind: str, size: int, dims: int, chunk: int, order: int = 0) -> dict[str, Any]:
-    """The constants of both kernels, and their number of warps; ``order`` is 0 where they leave the memory alone."""
-    return {
-        "KIND": kind,
-        "SIZE": size,
-        "DIMS": dims,
-        "CHUNK": chunk,
-        **_shared(size + dims),
-        "LAGS": min(max(triton.next_power_of_2(max(chunk - 2, 0) * dims), 4), 16),
-        "ALIGNED": ALIGNED,
-        **memory_sizes(order, 1),
-        "num_stages": 1,
-    }
+def held_sizes(kind: str, size: int, dims: int, chunk: int) -> dict[str, Any]:
+    """The constants of both kernels, and their number of warps: as many threads as columns, and four columns to a lane, so that
+    four warps or lanes share the rows."""
+    history = _history(dims, chunk)
+    columns = max(triton.next_power_of_2(size + dims + history), 32)
+    step = {"KIND": kind, "SIZE": size, "DIMS": dims, "CHUNK": chunk}
+    return {**step, "COLUMNS": columns, "SHARE": 4, "HISTORY": history, "num_warps": columns // 32, "num_stages": 1}
 
 
-def held_backward_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
-    """What the backward kernel takes: columns for the u of a chunk too."""
-    size, dims, chunk = sizes["SIZE"], sizes["DIMS"], sizes["CHUNK"]
-    of_chunk = size + dims + max(chunk - 2, 0) * dims
-    sizes = {name: size for name, size in sizes.items() if name != "LAGS"}
-    return {**sizes, **_shared(of_chunk), "BLOCK_C": max(triton.next_power_of_2(chunk), 16)}
+def filled_up(matrix: Tensor, dims: int, columns: int, history: int) -> Tensor:
+    """A step matrix as :func:`run_forwards` takes it."""
+    rest = columns - history - matrix.shape[1]
+    again = matrix[:, :dims].repeat(1, -(-history // dims))[:, :history] if history else matrix[:, :0]
+    return torch.cat([F.pad(matrix, (0, rest)) if rest else matrix, again], dim=1)
 
 
-def _shared(width: int) -> dict[str, int]:
-    """As many threads as columns, and four columns to a lane, so that four warps or lanes share the rows."""
-    columns = max(triton.next_power_of_2(width), 32)
-    return {"COLUMNS": columns, "SHARE": 4, "num_warps": columns // 32}
+def _history(dims: int, chunk: int) -> int:
+    """Columns for the u of a chunk that are read two steps later, or after that."""
+    return triton.next_power_of_2(max((chunk - 2) * dims, 4)) if chunk > 2 and dims else 0

@@ -303,7 +303,9 @@ def backward_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
 def rows_per_program(batch: int, like: Tensor, *, held: bool = False) -> int:
     """One, two or four: the fewest that leave no program waiting for a processor, each of which has registers for one of them;
     with so many rows that all leave some, four. One where the matrix is ``held``, however long the rows wait for each other."""
-    if held:
-        return 1
-    processors = torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 1
-    return next((rows for rows in (1, 2) if batch <= rows * processors), 4)
+    return 1 if held else next((rows for rows in (1, 2) if batch <= rows * processors(like)), 4)
+
+
+def processors(like: Tensor) -> int:
+    """Multiprocessors of the device; 1 under the interpreter, which runs one program after the other."""
+    return torch.cuda.get_device_properties(like.device).multi_processor_count if like.is_cuda else 1

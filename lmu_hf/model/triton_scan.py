@@ -46,12 +46,17 @@ from torch import Tensor
 
 from .folding import ChunkOperators
 from .time_loop import State, TimeLoop, with_zeros
-from .triton_held import held_backward_kernel, held_backward_sizes, held_forward_kernel, held_sizes, holds
-from .triton_parts import ALIGNED, backward_sizes, block_sizes, memory_sizes, rows_per_program, takes_memory
+from .triton_held import filled_up, held_backward_kernel, held_forward_kernel, held_sizes, holds
+from .triton_parts import ALIGNED, backward_sizes, block_sizes, memory_sizes, processors, rows_per_program, takes_memory
+from .triton_segment import SPLITS, segment_backward_kernel, segment_backward_sizes, segment_forward_kernel, segment_sizes
 from .triton_steps import backward_kernel, forward_kernel
 
 # What was compiled takes all arguments of its kernel, constants too; older versions want them without.
 _TAKES_ALL = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+
+# Rows to each multiprocessor up to which a segment is one launch. With more of them the device is busy anyway, and small layers
+# have several programs on a multiprocessor.
+_ROUNDS = 4
 
 # The pointwise steps that the kernels know; keys of GATES.
 KINDS = ("tanh", "sigmoid", "relu", "linear", "lstm", "gru")
@@ -82,7 +87,7 @@ class TritonScan(TimeLoop):
     def of_memory(self, operators: ChunkOperators) -> dict[str, Any]:
         """What a kernel of either direction takes to bring the memory from chunk to chunk; empty if it leaves that alone."""
         power, response = operators.advance
-        if not self.memory and takes_memory(self.dims, power.shape[1]):
+        if not self.memory and not self.held and takes_memory(self.dims, power.shape[1]):
             matrices = {"power": power.contiguous(), "response": response.contiguous(), "system": int(len(power) > 1)}
             self.memory = {**matrices, **memory_sizes(power.shape[1], self.rows)}
         return self.memory
@@ -91,7 +96,8 @@ class TritonScan(TimeLoop):
     def forwards(self) -> dict[str, Tensor]:
         """The matrices as the kernel of this direction takes them."""
         if self.held:
-            matrix = _filled_up(self._with_u(self.step))
+            sizes = self.sizes
+            matrix = filled_up(self._with_u(self.step), self.dims, sizes["COLUMNS"], sizes["HISTORY"])
             return {"matrix": matrix, "square": matrix[-self.step.shape[1] :]}
         to_u = self.step[:, : self.dims].mT.contiguous()
         return {"to_u": to_u, "kernel": self._by_gate(self.past), "recurrent": self._by_gate(self.recurrent)}
@@ -112,7 +118,7 @@ class TritonScan(TimeLoop):
         distances["memory_row"] = places["memory"].stride(0) if "memory" in places else 0
 
         kernel = held_forward_kernel if self.held else forward_kernel
-        numbers = {"first": first, "count": count, "further": further}
+        numbers = {"first": first, "count": count} | ({} if self.held else {"further": further})
         self._launch(kernel, places, numbers, distances, lambda: {**self.forwards, **others})
 
     def chunk_forward(
@@ -143,9 +149,10 @@ class TritonScan(TimeLoop):
         self.grads = [grad.contiguous() for grad in with_zeros(grads, self.states)]
         self.carry = torch.zeros_like(self.states[0])
         if self.held:
-            self.sizes = held_backward_sizes(self.sizes)
             older, square = self._with_u(self.step).tensor_split([-self.step.shape[1]])
-            self.backwards = {"square": _filled_up(torch.cat([square, older]).mT)}
+            matrix = torch.cat([square, older]).mT
+            self.backwards = {"square": F.pad(matrix, (0, self.sizes["COLUMNS"] - matrix.shape[1])).contiguous()}
+            self.sizes = {name: size for name, size in self.sizes.items() if name != "HISTORY"}
             return
         self.sizes = backward_sizes(self.sizes)
         by_lag = self.past.unflatten(0, (-1, self.dims)) if self.dims else self.past.unsqueeze(1)
@@ -221,6 +228,71 @@ class TritonScan(TimeLoop):
         places = {"grad_u": grad_u, "grad_sums": grad_sums, "after": after, "arrived": place}
         self._backward(first, min(self.chunk, self.steps - first), places, of_memory)
         return place
+
+    def _at_once(self, operators: ChunkOperators) -> bool:
+        """Whether all chunks of a segment go in one launch."""
+        takes = self.held and takes_memory(self.dims, operators.advance[0].shape[1])
+        return takes and self.batch <= _ROUNDS * processors(self.step)
+
+    def _launch_segment(
+        self, kernel: Any, sizes: dict[str, Any], tiles: int, operators: ChunkOperators, named: dict[str, Any]
+    ) -> None:
+        power, response = (matrix.contiguous() for matrix in operators.advance)
+        named |= {"power": power, "response": response, "system": int(len(power) > 1)}
+        named |= {"hidden": self.kept[0], "batch": self.batch, "steps": self.steps}
+        named["counter"] = torch.zeros(1, dtype=torch.int32, device=power.device)
+        together = {"launch_cooperative_grid": True} if power.is_cuda else {}  # which the interpreter does not know
+        programs = min(processors(power), max(self.batch, tiles))
+        with _on(power):
+            kernel[(programs, 1, 1)](**sizes, **named, **together)
+
+    def _segment_sizes(self, operators: ChunkOperators) -> dict[str, Any]:
+        order = operators.advance[0].shape[1]
+        return segment_sizes(self.cell.kind, self.states[0].shape[1], self.dims, self.chunk, order, self.batch)
+
+    def feedback_forward(
+        self, first: int, known: Tensor, u: Tensor, starts: Tensor, memory: Tensor, operators: ChunkOperators
+    ) -> Tensor:
+        if not self._at_once(operators):
+            return super().feedback_forward(first, known, u, starts, memory, operators)
+        assert operators.fold is not None
+        if first == 0:
+            starts[:, 0] = memory.flatten(1)
+        chunks = known.shape[1] // self.chunk
+        further = first + known.shape[1] < self.steps
+        sizes = self._segment_sizes(operators)
+        tiles = triton.cdiv(self.batch, sizes["ROWS"]) * triton.cdiv(self.chunk * known.shape[2], sizes["SUMS_AT_ONCE"])
+        named = {"known": known, "u": u, "starts": starts, "initial": self.states[0], **self.forwards}
+        named |= {"fold": operators.fold.contiguous(), "first": first, "chunks": chunks, "further": int(further)}
+        named |= {"known_row": known.stride(0), "u_row": u.stride(0), "starts_row": starts.stride(0)}
+        self._launch_segment(segment_forward_kernel, sizes, tiles, operators, named)
+        return starts[:, first // self.chunk + chunks - (not further)].view(memory.shape)
+
+    def feedback_backward(
+        self,
+        first: int,
+        grad_u: Tensor,
+        grad_sums: Tensor,
+        grad_starts: Tensor | None,
+        arrived: Tensor,
+        operators: ChunkOperators,
+    ) -> None:
+        if not self._at_once(operators):
+            return super().feedback_backward(first, grad_u, grad_sums, grad_starts, arrived, operators)
+        assert operators.fold is not None
+        memory = arrived.shape[2]
+        from_elsewhere = arrived if grad_starts is None else grad_starts.contiguous()
+        sizes = {**segment_backward_sizes(self._segment_sizes(operators)), "STARTS": grad_starts is not None}
+        tiles = triton.cdiv(self.batch, sizes["ROWS"]) * triton.cdiv(memory, sizes["MEMORY_AT_ONCE"]) * SPLITS
+        named = {"grad_u": grad_u, "grad_sums": grad_sums, "arrived": arrived, "grad_starts": from_elsewhere}
+        named |= {"parts": arrived.new_empty(SPLITS, self.batch, memory), "grads": self.grads[0], "carry": self.carry}
+        # Of which tiles are read as they lie, and not across the banks of shared memory.
+        named["unfold"] = operators.fold.mT.contiguous()
+        named |= {"first": first, "chunks": arrived.shape[1] - 1, **self.backwards}
+        named |= {"grad_u_row": grad_u.stride(0), "sums_row": grad_sums.stride(0), "arrived_row": arrived.stride(0)}
+        named["grad_starts_row"] = from_elsewhere.stride(0)
+        self._launch_segment(segment_backward_kernel, sizes, tiles, operators, named)
+        return None
 
     def initial_gradients(self) -> State:
         return (self.carry,) if len(self.states) == 1 else (self.carry, self.carried[0])
