@@ -67,7 +67,9 @@ def across_warps(part):
 
 
 @triton.jit
-def by_square(y, square, held_0, held_1, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, SHARE: tl.constexpr):
+def by_square(
+    y, square, held_0, held_1, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, SHARE: tl.constexpr
+):
     """y (1, COLUMNS), the first WIDTH numbers of it, @ square (WIDTH, STRIDE), as :func:`by_warps`."""
     if COLUMNS < 256:
         part = by_warps(y, held_0, SHARE)
@@ -90,7 +92,7 @@ def last_of(x, COUNT: tl.constexpr):
     """The last COUNT numbers of x (1, N)."""
     for _ in tl.static_range(8):
         if x.shape[1] > COUNT:
-            unused, x = halves(x)
+            _first, x = halves(x)
     return x
 
 
@@ -225,7 +227,7 @@ def held_backward_kernel(
 
 def holds(kind: str, size: int, dims: int, chunk: int) -> bool:
     """Whether these kernels take such a step."""
-    return kind not in ("lstm", "gru") and 0 < size and size + dims + _history(dims, chunk) <= _COLUMNS
+    return kind not in ("lstm", "gru") and size > 0 and size + dims + _history(dims, chunk) <= _COLUMNS
 
 
 def held_sizes(kind: str, size: int, dims: int, chunk: int) -> dict[str, Any]:

@@ -2,25 +2,24 @@
 
 A program takes a few rows of the batch through all steps without meeting the others. What limits a step is not its arithmetic:
 the matrix R of h, (H, W), has to pass through the processor once per step, however few the rows, and the threads have to wait for
-each other at each sum. So:
+each other at each sum. So products are plain multiply-adds in float32, since tensor cores would take sixteen rows or nothing, and
+round them to tf32 or bf16; and there are two kinds of kernels:
 
-- Few rows per program, one where the batch does not fill the device, and products as plain multiply-adds in float32: tensor
-  cores would take sixteen rows or nothing, and round them to tf32 or bf16.
-- Where R fits the registers it stays there for all steps. Where not, it is read in tiles, each step anew, from the L1 or the L2
-  cache, with the loads of two or more tiles under way and those of all that is known before the first sum.
+- :mod:`triton_held`, of one row per program, where the cell has one gate and all of a step fits the registers: it stays there.
+- :mod:`triton_steps` for the others, of as few rows per program as there are programs to fill the device with. R is read in
+  tiles, each step anew, from the L1 or the L2 cache, with the loads of two or more tiles under way. h and u pass from step to
+  step through the tensors that keep them; a barrier of the program's own threads lies between the steps.
 
-h and u pass from step to step through the tensors that keep them; a barrier of the program's own threads lies between the steps.
+On an H100 a step of H = 212, one memory dimension, in chunks of 32, takes 0.92 us forwards and 0.67 us backwards from registers,
+3.04 and 3.42 us in tiles; without memory 0.58 and 0.55, and 2.8 and 2.5. That is so from one row to a hundred. A thousand rows,
+eight to each multiprocessor, take half as long from registers as in tiles. What did not help the tiles: R in bfloat16, which is
+converted for longer than its loads save; 4 or 16 warps, or 2, which need no sum across warps.
 
-On an H200 a step of 100 rows, H = 212, takes 3.4 us forwards and 4.1 us backwards with one memory dimension of order 256 in
-chunks of 32, the way of the memory from chunk to chunk included, and 2.6 us either way without memory. What did not help there:
-to keep half of R, or a quarter, in registers; R in bfloat16, which is converted for longer than its loads save (4.7 and 4.6 us);
-4 or 16 warps, or 2, which need no sum across warps (4.8 us and more); u as a column of the gates' product, and backwards what
-reaches the u before as further columns of that with R^T: one sum across threads fewer, but 0.3 us more a step.
-
-With feedback a chunk takes two launches, the other one for the product with the memory at its start. With few rows it is the
-launches that cost, and the calls around them: a training step of 100 rows and 784 steps took 18.9 ms when there were six, 11.1
-with two, and as a CUDA graph (``torch.cuda.make_graphed_callables``) 8.3. Nothing of that kind is done here, since a graph fixes
-all shapes.
+With feedback the chunks need a product with the memory at their start between them. Launching it and the steps took longer than
+they do: where the rows are not many, :mod:`triton_segment` does all of it in one launch (a training step of 100 rows and 784
+steps went from 9.2 ms to 7.5, 3.7 of them on the device), otherwise a chunk takes two or more. What is left are calls around the
+loops, which a CUDA graph (``torch.cuda.make_graphed_callables``) takes away. Nothing of that kind is done here, since a graph
+fixes all shapes.
 
 The kernels are compared with :class:`scan.NaiveScan` under Triton's interpreter, compiled for sm_80 and sm_90, and where there is
 a CUDA device, run on it.
@@ -186,14 +185,14 @@ class TritonScan(TimeLoop):
         distances: dict[str, int],
         constants: Callable[[], dict[str, Any]],
     ) -> None:
-        """Launches a kernel.
+        """Launches a kernel of some steps.
 
         Triton's own way there goes through all arguments, some 40, to find what it has compiled for such ones. With the rest of
         a launch that took 90 us beside an H100, on which the steps of a chunk take 110. So what it found is kept: only the
         first launch of its kind goes that way.
 
         Args:
-            kernel: one of both.
+            kernel: one of either direction.
             places: tensors by name that change from launch to launch. What is compiled depends on how they are aligned.
             numbers: what else changes, and does not matter to the compiler.
             distances: between rows and steps.
@@ -237,6 +236,7 @@ class TritonScan(TimeLoop):
     def _launch_segment(
         self, kernel: Any, sizes: dict[str, Any], tiles: int, operators: ChunkOperators, named: dict[str, Any]
     ) -> None:
+        """Launches a kernel of a segment: as many programs as there is work for, and as can run at once."""
         power, response = (matrix.contiguous() for matrix in operators.advance)
         named |= {"power": power, "response": response, "system": int(len(power) > 1)}
         named |= {"hidden": self.kept[0], "batch": self.batch, "steps": self.steps}
@@ -262,7 +262,7 @@ class TritonScan(TimeLoop):
         further = first + known.shape[1] < self.steps
         sizes = self._segment_sizes(operators)
         tiles = triton.cdiv(self.batch, sizes["ROWS"]) * triton.cdiv(self.chunk * known.shape[2], sizes["SUMS_AT_ONCE"])
-        named = {"known": known, "u": u, "starts": starts, "initial": self.states[0], **self.forwards}
+        named: dict[str, Any] = {"known": known, "u": u, "starts": starts, "initial": self.states[0], **self.forwards}
         named |= {"fold": operators.fold.contiguous(), "first": first, "chunks": chunks, "further": int(further)}
         named |= {"known_row": known.stride(0), "u_row": u.stride(0), "starts_row": starts.stride(0)}
         self._launch_segment(segment_forward_kernel, sizes, tiles, operators, named)
@@ -278,13 +278,15 @@ class TritonScan(TimeLoop):
         operators: ChunkOperators,
     ) -> None:
         if not self._at_once(operators):
-            return super().feedback_backward(first, grad_u, grad_sums, grad_starts, arrived, operators)
+            super().feedback_backward(first, grad_u, grad_sums, grad_starts, arrived, operators)
+            return
         assert operators.fold is not None
         memory = arrived.shape[2]
         from_elsewhere = arrived if grad_starts is None else grad_starts.contiguous()
         sizes = {**segment_backward_sizes(self._segment_sizes(operators)), "STARTS": grad_starts is not None}
         tiles = triton.cdiv(self.batch, sizes["ROWS"]) * triton.cdiv(memory, sizes["MEMORY_AT_ONCE"]) * SPLITS
-        named = {"grad_u": grad_u, "grad_sums": grad_sums, "arrived": arrived, "grad_starts": from_elsewhere}
+        named: dict[str, Any] = {"grad_u": grad_u, "grad_sums": grad_sums, "arrived": arrived}
+        named["grad_starts"] = from_elsewhere
         named |= {"parts": arrived.new_empty(SPLITS, self.batch, memory), "grads": self.grads[0], "carry": self.carry}
         # Of which tiles are read as they lie, and not across the banks of shared memory.
         named["unfold"] = operators.fold.mT.contiguous()
@@ -292,7 +294,6 @@ class TritonScan(TimeLoop):
         named |= {"grad_u_row": grad_u.stride(0), "sums_row": grad_sums.stride(0), "arrived_row": arrived.stride(0)}
         named["grad_starts_row"] = from_elsewhere.stride(0)
         self._launch_segment(segment_backward_kernel, sizes, tiles, operators, named)
-        return None
 
     def initial_gradients(self) -> State:
         return (self.carry,) if len(self.states) == 1 else (self.carry, self.carried[0])

@@ -313,6 +313,9 @@ COMPILED = [
     ("tanh", 212, 1, 16, 1),
     ("tanh", 212, 1, 32, 1, 256),
     ("tanh", 212, 1, 32, 4),
+    ("tanh", 212, 2, 16, 2, 100),
+    ("tanh", 300, 1, 16, 1, 256),
+    ("relu", 30, 3, 8, 1, 20),
     ("lstm", 64, 2, 16, 4, 100),
     ("tanh", 212, 0, 16, 1),
     ("relu", 128, 64, 4, 1),
@@ -324,38 +327,46 @@ COMPILED = [
 ]
 
 
+def kernels_of(case):
+    """The two kernels that a case takes, or, of a segment with memory, both kernels of that too; each with its constants."""
+    from lmu_hf.model import triton_held, triton_scan
+
+    kind, size, dims, chunk, rows, *order = case
+    if rows > 1 or not triton_held.holds(kind, size, dims, chunk):
+        sizes = triton_scan.block_sizes(*case)
+        backward = triton_scan.backward_sizes(sizes)
+        return [(triton_scan.forward_kernel, sizes), (triton_scan.backward_kernel, backward)]
+    sizes = triton_held.held_sizes(kind, size, dims, chunk)
+    backward = {name: value for name, value in sizes.items() if name != "HISTORY"}
+    kernels = [(triton_scan.held_forward_kernel, sizes), (triton_scan.held_backward_kernel, backward)]
+    if order:
+        sizes = triton_scan.segment_sizes(kind, size, dims, chunk, *order, 100)
+        backward = {**triton_scan.segment_backward_sizes(sizes), "STARTS": True}
+        kernels += [(triton_scan.segment_forward_kernel, sizes), (triton_scan.segment_backward_kernel, backward)]
+    return kernels
+
+
 def compile_for(architecture, case, tmp_path):
-    """The two kernels of a case for an architecture: PTX, machine code and shared memory of each."""
+    """The kernels of a case for an architecture: PTX, machine code and shared memory of each."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lmu_hf.model import triton_scan
-
     os.environ["TRITON_CACHE_DIR"] = tmp_path  # nothing is taken from an earlier run
     results = []
-    for kernel in (triton_scan.forward_kernel, triton_scan.backward_kernel):
-        sizes = triton_scan.block_sizes(*case)
-        if kernel is triton_scan.backward_kernel:
-            sizes = triton_scan.backward_sizes(sizes)
+    for kernel, constants in kernels_of(case):
+        sizes = dict(constants)
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
-        integers = {
-            "first",
-            "count",
-            "batch",
-            "steps",
-            "known_row",
-            "known_step",
-            "u_row",
-            "grad_u_row",
-            "sums_row",
-            "memory_row",
-            "arrived_row",
-            "system",
-            "further",
-        }
+        numbers = {"first", "count", "chunks", "batch", "steps", "known_step", "system", "further"}
         signature = {
-            name: "constexpr" if name in sizes else "i32" if name in integers else "*fp32" for name in kernel.arg_names
+            name: "constexpr"
+            if name in sizes
+            else "i32"
+            if name in numbers or name.endswith("_row")
+            else "*i32"
+            if name == "counter"
+            else "*fp32"
+            for name in kernel.arg_names
         }
         # As at a launch: torch's tensors start at a multiple of 16 bytes.
         aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
