@@ -25,6 +25,11 @@ LARGE = [
 LARGE_FEEDBACK = [
     ("tanh", 100, 212, 1, 1, 256, 32, 100, 1),
     ("tanh", 300, 212, 2, 2, 250, 16, 40, 2),
+    # From registers: several rows to each program, all chunks in one launch; and so many rows that each chunk has its own.
+    ("tanh", 300, 212, 1, 1, 256, 32, 70, 1),
+    # (Not with relu: of a million sums one lies within rounding of 0, where its derivative jumps.)
+    ("tanh", 400, 60, 3, 3, 33, 8, 50, 1),
+    ("tanh", 1000, 100, 1, 1, 40, 16, 50, 1),
     ("lstm", 7, 64, 8, 8, 100, 8, 30, 1),
 ]
 
@@ -191,3 +196,26 @@ def test_second_derivative_of_the_memory():
         (grad,) = torch.autograd.grad(layer(inputs).sin().sum(), inputs, create_graph=True)
         found.append(torch.autograd.grad(grad.square().sum(), inputs)[0].cpu())
     close(found[1], found[0], 1e-10)
+
+
+def test_streams_do_not_wait_for_each_other():
+    """Programs that wait for all others of their launch, of two launches that do not fit the device together."""
+    torch.manual_seed(0)
+    layers = [LMU(1, 1, 64, 100.0, "rnn", 100, hidden_to_memory=True, return_sequences=True).cuda() for _ in range(2)]
+    inputs = [torch.randn(100, 200, 1, device="cuda") for _ in layers]
+
+    def gradients(layer, x):
+        return torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+
+    alone = [gradients(layer, x) for layer, x in zip(layers, inputs, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in layers]
+    for _ in range(20):
+        together = []
+        for stream, layer, x in zip(streams, layers, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                together.append(gradients(layer, x))
+    torch.cuda.synchronize()
+    for ours, expected in zip(together, alone, strict=True):
+        for one, exact in zip(ours, expected, strict=True):
+            close(one, exact, 1e-6)
