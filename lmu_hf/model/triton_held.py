@@ -28,22 +28,23 @@ from .triton_parts import activation, derivative
 
 # The most columns: with so many, 192 rows of the matrix are held, 192 of the 255 registers that each of 256 threads can have.
 _COLUMNS = 256
+# As many threads as columns, four columns to a lane: so many warps or lanes are left to share the rows.
+SHARE = tl.constexpr(4)
 
 
 @triton.jit
-def rows_of(matrix, first: tl.constexpr, end, COUNT: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr):
-    """COUNT rows of a matrix, (1, COUNT, COLUMNS), zero from row ``end`` on."""
+def rows_of(matrix, first: tl.constexpr, end, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
+    """COUNT rows of a matrix with COLUMNS, (1, COUNT, COLUMNS), zero from row ``end`` on."""
     k = first + tl.arange(0, COUNT)[None, :, None]
     n = tl.arange(0, COLUMNS)[None, None, :]
-    return tl.load(matrix + k * STRIDE + n, mask=(k < end) & (n < STRIDE), other=0.0)
+    return tl.load(matrix + k * COLUMNS + n, mask=k < end, other=0.0)
 
 
 @triton.jit
-def by_warps(left, rows, SHARE: tl.constexpr):
-    """left (1, K) * rows (1, K, COLUMNS), summed up within the threads: (1, SHARE, COLUMNS) or fewer."""
+def by_warps(left, rows):
+    """left (1, K) * rows (1, K, COLUMNS), summed up within the threads: (1, SHARE, COLUMNS)."""
     K: tl.constexpr = rows.shape[1]
-    APART: tl.constexpr = SHARE if SHARE < K else K
-    return tl.sum(tl.reshape(left[:, :, None] * rows, (1, K // APART, APART, rows.shape[2])), axis=1)
+    return tl.sum(tl.reshape(left[:, :, None] * rows, (1, K // SHARE, SHARE, rows.shape[2])), axis=1)
 
 
 @triton.jit
@@ -55,35 +56,40 @@ def halves(x):
 
 @triton.jit
 def across_warps(part):
-    """The sum over the second axis, such that each thread receives one column: the rest of a step is then done once, and not by
-    each of the warps that shared the rows."""
-    COLUMNS: tl.constexpr = part.shape[2]
-    total = tl.permute(part, (0, 2, 1))
-    for _ in tl.static_range(6):
-        if total.shape[2] > 1:
-            even, odd = tl.split(tl.reshape(total, (1, COLUMNS, total.shape[2] // 2, 2)))
-            total = even + odd
-    return tl.reshape(total, (1, COLUMNS))
+    """The sum over the second axis of (1, SHARE, COLUMNS), such that each thread receives one column: the rest of a step is then
+    done once, and not by each of the warps that shared the rows."""
+    even, odd = tl.split(tl.reshape(tl.permute(part, (0, 2, 1)), (1, part.shape[2], 2, 2)))
+    even, odd = tl.split(even + odd)
+    return even + odd
 
 
 @triton.jit
-def by_square(
-    y, square, held_0, held_1, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, SHARE: tl.constexpr
-):
-    """y (1, COLUMNS), the first WIDTH numbers of it, @ square (WIDTH, STRIDE), as :func:`by_warps`."""
+def held_rows(square, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """The rows of a square matrix (WIDTH, COLUMNS) that stay in registers: 128 or all of them, and 64 more where there are."""
+    first = rows_of(square, 0, WIDTH, 128 if COLUMNS == 256 else COLUMNS, COLUMNS)
+    further = first
+    if COLUMNS == 256 and WIDTH > 128:
+        further = rows_of(square, 128, WIDTH, 64, COLUMNS)
+    return first, further
+
+
+@triton.jit
+def by_square(y, square, held_0, held_1, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """y (1, COLUMNS), the first WIDTH numbers of it, @ square (WIDTH, COLUMNS), as :func:`by_warps`. The ``held_...`` are what
+    :func:`held_rows` gave."""
     if COLUMNS < 256:
-        part = by_warps(y, held_0, SHARE)
+        part = by_warps(y, held_0)
     else:
         low, high = halves(y)
-        part = by_warps(low, held_0, SHARE)
+        part = by_warps(low, held_0)
         if WIDTH > 128:
             third, fourth = halves(high)
-            part += by_warps(third, held_1, SHARE)
+            part += by_warps(third, held_1)
             if WIDTH > 192:
                 seventh, eighth = halves(fourth)
-                part += by_warps(seventh, rows_of(square, 192, WIDTH, 32, COLUMNS, STRIDE), SHARE)
+                part += by_warps(seventh, rows_of(square, 192, WIDTH, 32, COLUMNS))
                 if WIDTH > 224:
-                    part += by_warps(eighth, rows_of(square, 224, WIDTH, 32, COLUMNS, STRIDE), SHARE)
+                    part += by_warps(eighth, rows_of(square, 224, WIDTH, 32, COLUMNS))
     return part
 
 
@@ -98,24 +104,22 @@ def last_of(x, COUNT: tl.constexpr):
 
 @triton.jit
 def run_forwards(
-    known, known_step, matrix, square, past, hidden, initial, row, first, count, steps,
+    known, known_step, matrix, past, hidden, initial, row, first, count, steps,
     KIND: tl.constexpr, SIZE: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr, SHARE: tl.constexpr, HISTORY: tl.constexpr,
+    COLUMNS: tl.constexpr, HISTORY: tl.constexpr,
 ):  # fmt: skip
     """``count`` steps of a row from step ``first`` on, which a chunk starts with if there are memory dimensions.
 
     ``known`` points at what is known of the first of them, ``past`` at where its u goes. ``matrix`` is the step matrix, its rows
     filled up to COLUMNS; the last HISTORY of these make the u of the step once more, so that each number of the u of the chunk
-    has a thread that keeps it. ``square`` are its last W rows.
+    has a thread that keeps it.
     """
     WIDTH: tl.constexpr = DIMS + SIZE
     OLDER: tl.constexpr = (CHUNK - 2) * DIMS if CHUNK > 2 else 0
     n = tl.arange(0, COLUMNS)[None, :]
     of_hidden = (n >= DIMS) & (n < WIDTH)
-    held_0 = rows_of(square, 0, WIDTH, 128 if COLUMNS == 256 else COLUMNS, COLUMNS, COLUMNS)
-    held_1 = held_0
-    if COLUMNS == 256 and WIDTH > 128:
-        held_1 = rows_of(square, 128, WIDTH, 64, COLUMNS, COLUMNS)
+    square = matrix + OLDER * COLUMNS  # what y is multiplied with
+    held_0, held_1 = held_rows(square, WIDTH, COLUMNS)
     number = n - (COLUMNS - HISTORY)  # of the u of the chunk
     column = n
     if HISTORY > 0:
@@ -127,18 +131,18 @@ def run_forwards(
         y = tl.load(out - SIZE, mask=of_hidden, other=0.0)
     for j in range(count):
         now = tl.load(known + j * known_step + column, mask=column < WIDTH, other=0.0)
-        part = by_square(y, square, held_0, held_1, WIDTH, COLUMNS, COLUMNS, SHARE)
+        part = by_square(y, square, held_0, held_1, WIDTH, COLUMNS)
         if HISTORY > 0:
             # So many numbers of the u before, those of the last step being in y once more.
             older = (j - 1) * DIMS
             lags = matrix + (OLDER - older) * COLUMNS
             if HISTORY > 16:
                 early, late = halves(last_of(y, HISTORY))
-                part += by_warps(early, rows_of(lags, 0, older, HISTORY // 2, COLUMNS, COLUMNS), SHARE)
+                part += by_warps(early, rows_of(lags, 0, older, HISTORY // 2, COLUMNS))
                 if older > HISTORY // 2:
-                    part += by_warps(late, rows_of(lags, HISTORY // 2, older, HISTORY // 2, COLUMNS, COLUMNS), SHARE)
+                    part += by_warps(late, rows_of(lags, HISTORY // 2, older, HISTORY // 2, COLUMNS))
             else:
-                part += by_warps(last_of(y, HISTORY), rows_of(lags, 0, older, HISTORY, COLUMNS, COLUMNS), SHARE)
+                part += by_warps(last_of(y, HISTORY), rows_of(lags, 0, older, HISTORY, COLUMNS))
         sums = now + across_warps(part)
         new = tl.where(n < DIMS, sums, activation(sums, KIND))
         if HISTORY > 0:
@@ -153,7 +157,7 @@ def run_forwards(
 def run_backwards(
     square, grad_u, grad_sums, grads, hidden, carry, row, first, count, steps,
     KIND: tl.constexpr, SIZE: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr, SHARE: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The adjoint of :func:`run_forwards`.
 
@@ -165,10 +169,7 @@ def run_backwards(
     OLDER: tl.constexpr = (CHUNK - 2) * DIMS if CHUNK > 2 else 0
     n = tl.arange(0, COLUMNS)[None, :]
     of_hidden = (n >= DIMS) & (n < WIDTH)
-    held_0 = rows_of(square, 0, WIDTH, 128 if COLUMNS == 256 else COLUMNS, COLUMNS, COLUMNS)
-    held_1 = held_0
-    if COLUMNS == 256 and WIDTH > 128:
-        held_1 = rows_of(square, 128, WIDTH, 64, COLUMNS, COLUMNS)
+    held_0, held_1 = held_rows(square, WIDTH, COLUMNS)
     here = (row * steps + first) * SIZE - DIMS + n
     carried = carry + row * SIZE - DIMS + n
     # Where the gradients that reach y lie, and how far those of the next step.
@@ -190,7 +191,7 @@ def run_backwards(
             oldest = (j - 1) * DIMS - OLDER + n - WIDTH
             sent_to = (n >= WIDTH) & (n < WIDTH + OLDER) & (oldest >= 0)
             there += tl.load(grad_u + oldest, mask=sent_to, other=0.0)
-        grad = there + across_warps(by_square(sums, square, held_0, held_1, WIDTH, COLUMNS, COLUMNS, SHARE))
+        grad = there + across_warps(by_square(sums, square, held_0, held_1, WIDTH, COLUMNS))
         if OLDER > 0:
             tl.store(grad_u + oldest, grad, mask=sent_to)
             tl.debug_barrier()  # the next step reads what other threads wrote
@@ -199,15 +200,15 @@ def run_backwards(
 
 @triton.jit(do_not_specialize=["first", "count"])
 def held_forward_kernel(
-    known, matrix, square, u, hidden, initial, first, count, steps, known_row, known_step, u_row,
+    known, matrix, u, hidden, initial, first, count, steps, known_row, known_step, u_row,
     KIND: tl.constexpr, SIZE: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr, SHARE: tl.constexpr, HISTORY: tl.constexpr,
+    COLUMNS: tl.constexpr, HISTORY: tl.constexpr,
 ):  # fmt: skip
     """:meth:`NaiveScan.forward` for one row."""
     row = tl.program_id(0).to(tl.int64)
     run_forwards(
-        known + row * known_row, known_step, matrix, square, u + row * u_row + first * DIMS, hidden, initial, row,
-        first, count, steps, KIND, SIZE, DIMS, CHUNK, COLUMNS, SHARE, HISTORY,
+        known + row * known_row, known_step, matrix, u + row * u_row + first * DIMS, hidden, initial, row,
+        first, count, steps, KIND, SIZE, DIMS, CHUNK, COLUMNS, HISTORY,
     )  # fmt: skip
 
 
@@ -215,13 +216,13 @@ def held_forward_kernel(
 def held_backward_kernel(
     square, grad_u, grad_sums, grads, hidden, carry, first, count, steps, grad_u_row, sums_row,
     KIND: tl.constexpr, SIZE: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr, SHARE: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """:meth:`NaiveScan.backward` for one row."""
     row = tl.program_id(0).to(tl.int64)
     run_backwards(
         square, grad_u + row * grad_u_row, grad_sums + row * sums_row, grads, hidden, carry, row, first, count, steps,
-        KIND, SIZE, DIMS, CHUNK, COLUMNS, SHARE,
+        KIND, SIZE, DIMS, CHUNK, COLUMNS,
     )  # fmt: skip
 
 
@@ -231,15 +232,14 @@ def holds(kind: str, size: int, dims: int, chunk: int) -> bool:
 
 
 def held_sizes(kind: str, size: int, dims: int, chunk: int) -> dict[str, Any]:
-    """The constants of both kernels, and their number of warps: as many threads as columns, and four columns to a lane, so that
-    four warps or lanes share the rows."""
+    """The constants of both kernels, and their number of warps."""
     history = _history(dims, chunk)
     columns = max(triton.next_power_of_2(size + dims + history), 32)
     step = {"KIND": kind, "SIZE": size, "DIMS": dims, "CHUNK": chunk}
-    return {**step, "COLUMNS": columns, "SHARE": 4, "HISTORY": history, "num_warps": columns // 32, "num_stages": 1}
+    return {**step, "COLUMNS": columns, "HISTORY": history, "num_warps": columns // 32, "num_stages": 1}
 
 
-def filled_up(matrix: Tensor, dims: int, columns: int, history: int) -> Tensor:
+def with_history(matrix: Tensor, dims: int, columns: int, history: int) -> Tensor:
     """A step matrix as :func:`run_forwards` takes it."""
     rest = columns - history - matrix.shape[1]
     again = matrix[:, :dims].repeat(1, -(-history // dims))[:, :history] if history else matrix[:, :0]

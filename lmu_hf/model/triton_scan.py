@@ -45,7 +45,7 @@ from torch import Tensor
 
 from .folding import ChunkOperators
 from .time_loop import State, TimeLoop, with_zeros
-from .triton_held import filled_up, held_backward_kernel, held_forward_kernel, held_sizes, holds
+from .triton_held import held_backward_kernel, held_forward_kernel, held_sizes, holds, with_history
 from .triton_parts import ALIGNED, backward_sizes, block_sizes, memory_sizes, processors, rows_per_program, takes_memory
 from .triton_segment import SPLITS, segment_backward_kernel, segment_backward_sizes, segment_forward_kernel, segment_sizes
 from .triton_steps import backward_kernel, forward_kernel
@@ -72,8 +72,9 @@ class TritonScan(TimeLoop):
         self.steps = self.kept[0].shape[1]
         self.past, self.recurrent = self.step.tensor_split([len(self.step) - size])  # of u ((C - 1) * D, W), of h (H, W)
         of_step = (self.cell.kind, size, self.dims, self.chunk)
-        self.rows = rows_per_program(self.batch, self.step, held=holds(*of_step))
-        self.held = self.rows == 1 and holds(*of_step)
+        fits = holds(*of_step)
+        self.rows = rows_per_program(self.batch, self.step, held=fits)
+        self.held = fits and self.rows == 1
         self.sizes = held_sizes(*of_step) if self.held else block_sizes(*of_step, self.rows)
         self.states = tuple(state.contiguous() for state in self.states)
         # An argument that a kind has no use for still has to be some pointer.
@@ -82,6 +83,7 @@ class TritonScan(TimeLoop):
         self.grid = (triton.cdiv(self.batch, self.rows), 1, 1)
         self.launches: dict[tuple, Any] = {}  # see _launch
         self.memory: dict[str, Any] = {}  # see of_memory
+        self.unfold: Tensor | None = None  # see feedback_backward
 
     def of_memory(self, operators: ChunkOperators) -> dict[str, Any]:
         """What a kernel of either direction takes to bring the memory from chunk to chunk; empty if it leaves that alone."""
@@ -96,8 +98,7 @@ class TritonScan(TimeLoop):
         """The matrices as the kernel of this direction takes them."""
         if self.held:
             sizes = self.sizes
-            matrix = filled_up(self._with_u(self.step), self.dims, sizes["COLUMNS"], sizes["HISTORY"])
-            return {"matrix": matrix, "square": matrix[-self.step.shape[1] :]}
+            return {"matrix": with_history(self._with_u(self.step), self.dims, sizes["COLUMNS"], sizes["HISTORY"])}
         to_u = self.step[:, : self.dims].mT.contiguous()
         return {"to_u": to_u, "kernel": self._by_gate(self.past), "recurrent": self._by_gate(self.recurrent)}
 
@@ -151,7 +152,6 @@ class TritonScan(TimeLoop):
             older, square = self._with_u(self.step).tensor_split([-self.step.shape[1]])
             matrix = torch.cat([square, older]).mT
             self.backwards = {"square": F.pad(matrix, (0, self.sizes["COLUMNS"] - matrix.shape[1])).contiguous()}
-            self.sizes = {name: size for name, size in self.sizes.items() if name != "HISTORY"}
             return
         self.sizes = backward_sizes(self.sizes)
         by_lag = self.past.unflatten(0, (-1, self.dims)) if self.dims else self.past.unsqueeze(1)
@@ -209,9 +209,8 @@ class TritonScan(TimeLoop):
                 return
             names = ("hidden", "cell", "gates", "initial", "initial_cell", "batch", "steps")
             values = (*self.kept, self.states[0], self.states[-1], self.batch, self.steps)
-            named = {**constants(), **dict(zip(names, values, strict=True)), **places, **numbers, **distances}
-            # Some have no use for some.
-            named = self.sizes | {name: value for name, value in named.items() if name in kernel.arg_names}
+            others = dict(zip(names, values, strict=True))
+            named = taken(kernel, {**self.sizes, **constants(), **others, **places, **numbers, **distances})
             compiled = kernel[self.grid](**named)
             if _TAKES_ALL and compiled is not None:  # there is none under the interpreter
                 arguments = [named[name] for name in kernel.arg_names]
@@ -244,7 +243,7 @@ class TritonScan(TimeLoop):
         together = {"launch_cooperative_grid": True} if power.is_cuda else {}  # which the interpreter does not know
         programs = min(processors(power), max(self.batch, tiles))
         with _on(power):
-            kernel[(programs, 1, 1)](**sizes, **named, **together)
+            kernel[(programs, 1, 1)](**taken(kernel, {**sizes, **named}), **together)
 
     def _segment_sizes(self, operators: ChunkOperators) -> dict[str, Any]:
         order = operators.advance[0].shape[1]
@@ -285,11 +284,12 @@ class TritonScan(TimeLoop):
         from_elsewhere = arrived if grad_starts is None else grad_starts.contiguous()
         sizes = {**segment_backward_sizes(self._segment_sizes(operators)), "STARTS": grad_starts is not None}
         tiles = triton.cdiv(self.batch, sizes["ROWS"]) * triton.cdiv(memory, sizes["MEMORY_AT_ONCE"]) * SPLITS
-        named: dict[str, Any] = {"grad_u": grad_u, "grad_sums": grad_sums, "arrived": arrived}
-        named["grad_starts"] = from_elsewhere
-        named |= {"parts": arrived.new_empty(SPLITS, self.batch, memory), "grads": self.grads[0], "carry": self.carry}
-        # Of which tiles are read as they lie, and not across the banks of shared memory.
-        named["unfold"] = operators.fold.mT.contiguous()
+        if self.unfold is None:
+            # Of which tiles are read as they lie, and not across the banks of shared memory.
+            self.unfold = operators.fold.mT.contiguous()
+        named: dict[str, Any] = {"grad_u": grad_u, "grad_sums": grad_sums, "arrived": arrived, "unfold": self.unfold}
+        named |= {"grad_starts": from_elsewhere, "parts": arrived.new_empty(SPLITS, self.batch, memory)}
+        named |= {"grads": self.grads[0], "carry": self.carry}
         named |= {"first": first, "chunks": arrived.shape[1] - 1, **self.backwards}
         named |= {"grad_u_row": grad_u.stride(0), "sums_row": grad_sums.stride(0), "arrived_row": arrived.stride(0)}
         named["grad_starts_row"] = from_elsewhere.stride(0)
@@ -297,6 +297,11 @@ class TritonScan(TimeLoop):
 
     def initial_gradients(self) -> State:
         return (self.carry,) if len(self.states) == 1 else (self.carry, self.carried[0])
+
+
+def taken(kernel: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of some arguments, constants and options that a kernel has a use for: Triton refuses others."""
+    return {name: value for name, value in values.items() if name in kernel.arg_names or name in ("num_warps", "num_stages")}
 
 
 def _filled_up(matrix: Tensor) -> Tensor:

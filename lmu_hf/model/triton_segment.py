@@ -36,6 +36,21 @@ def meet(counter, arrived):
 
 
 @triton.jit
+def add_tile(
+    total, left, right, row, column, batch, left_row, first, apart,
+    DEPTH: tl.constexpr, ACROSS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Adds to ``total`` the rows ``row`` and columns ``column`` of left (B, DEPTH) @ right (DEPTH, ACROSS), of whose DEPTH every
+    INNER numbers from ``first`` on, ``apart`` from each other."""
+    for start in tl.range(first, DEPTH, apart, num_stages=3):
+        k = start + tl.arange(0, INNER)
+        of_left = tl.load(left + row * left_row + k[None, :], mask=(row < batch) & (k[None, :] < DEPTH), other=0.0)
+        of_right = tl.load(right + k[:, None] * ACROSS + column, mask=(k[:, None] < DEPTH) & (column < ACROSS), other=0.0)
+        total = tl.dot(of_left, of_right, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def add_fold(
     known, starts, fold, batch, known_row, starts_row,
     MEMORY: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, SUMS_AT_ONCE: tl.constexpr, INNER: tl.constexpr,
@@ -49,11 +64,7 @@ def add_fold(
         place = known + row * known_row + column
         fits = (row < batch) & (column < SUMS)
         total = tl.load(place, mask=fits, other=0.0)
-        for start in tl.range(0, MEMORY, INNER, num_stages=3):
-            k = start + tl.arange(0, INNER)
-            left = tl.load(starts + row * starts_row + k[None, :], mask=(row < batch) & (k[None, :] < MEMORY), other=0.0)
-            right = tl.load(fold + k[:, None] * SUMS + column, mask=(k[:, None] < MEMORY) & (column < SUMS), other=0.0)
-            total = tl.dot(left, right, total, input_precision="ieee")
+        total = add_tile(total, starts, fold, row, column, batch, starts_row, 0, INNER, MEMORY, SUMS, INNER)
         tl.store(place, total, mask=fits)
 
 
@@ -72,20 +83,17 @@ def send_to_starts(
         row = (tile // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         column = tile % across * MEMORY_AT_ONCE + tl.arange(0, MEMORY_AT_ONCE)[None, :]
         total = tl.full([ROWS, MEMORY_AT_ONCE], 0.0, tl.float32)
-        for start in tl.range(split * INNER, SUMS, SPLITS * INNER, num_stages=3):
-            k = start + tl.arange(0, INNER)
-            left = tl.load(sums + row * sums_row + k[None, :], mask=(row < batch) & (k[None, :] < SUMS), other=0.0)
-            right = tl.load(unfold + k[:, None] * MEMORY + column, mask=(k[:, None] < SUMS) & (column < MEMORY), other=0.0)
-            total = tl.dot(left, right, total, input_precision="ieee")
+        first, apart = split * INNER, SPLITS * INNER
+        total = add_tile(total, sums, unfold, row, column, batch, sums_row, first, apart, SUMS, MEMORY, INNER)
         tl.store(parts + (split * batch + row) * MEMORY + column, total, mask=(row < batch) & (column < MEMORY))
 
 
 @triton.jit(do_not_specialize=["first", "chunks", "system", "further"])
 def segment_forward_kernel(
-    known, matrix, square, u, hidden, initial, starts, fold, power, response, counter,
+    known, matrix, u, hidden, initial, starts, fold, power, response, counter,
     first, chunks, batch, steps, known_row, u_row, starts_row, system, further,
     KIND: tl.constexpr, SIZE: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr, SHARE: tl.constexpr, HISTORY: tl.constexpr,
+    COLUMNS: tl.constexpr, HISTORY: tl.constexpr,
     ORDER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
     ROWS: tl.constexpr, SUMS_AT_ONCE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
@@ -109,8 +117,8 @@ def segment_forward_kernel(
             row = tl.full([], program, tl.int64)
             past = u + row * u_row + at * DIMS
             run_forwards(
-                known + row * known_row + index * (CHUNK * WIDTH), WIDTH, matrix, square, past, hidden, initial, row,
-                at, tl.minimum(CHUNK, steps - at), steps, KIND, SIZE, DIMS, CHUNK, COLUMNS, SHARE, HISTORY,
+                known + row * known_row + index * (CHUNK * WIDTH), WIDTH, matrix, past, hidden, initial, row,
+                at, tl.minimum(CHUNK, steps - at), steps, KIND, SIZE, DIMS, CHUNK, COLUMNS, HISTORY,
             )  # fmt: skip
             if (index + 1 < chunks) | (further != 0):
                 tl.debug_barrier()
@@ -129,7 +137,7 @@ def segment_backward_kernel(
     square, grad_u, grad_sums, grads, hidden, carry, arrived, grad_starts, parts, unfold, power, response, counter,
     first, chunks, batch, steps, grad_u_row, sums_row, arrived_row, grad_starts_row, system,
     KIND: tl.constexpr, SIZE: tl.constexpr, DIMS: tl.constexpr, CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr, SHARE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ORDER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, MEMORY_AT_ONCE: tl.constexpr, INNER: tl.constexpr, SPLITS: tl.constexpr, STARTS: tl.constexpr,
 ):  # fmt: skip
@@ -166,7 +174,7 @@ def segment_backward_kernel(
                 run_backwards(
                     square, grad_u + row * grad_u_row + at * DIMS, grad_sums + row * sums_row + index * (CHUNK * WIDTH),
                     grads, hidden, carry, row, at, tl.minimum(CHUNK, steps - at), steps,
-                    KIND, SIZE, DIMS, CHUNK, COLUMNS, SHARE,
+                    KIND, SIZE, DIMS, CHUNK, COLUMNS,
                 )  # fmt: skip
                 tl.debug_barrier()
         if index >= 0:
@@ -189,4 +197,4 @@ def segment_backward_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
     sizes = {**sizes, "MEMORY_AT_ONCE": 64, "SPLITS": SPLITS}
     sizes["BLOCK_C"] = max(triton.next_power_of_2(sizes["CHUNK"]), 16)
     sizes["WHOLE"] = triton.next_power_of_2(sizes["DIMS"] * sizes["ORDER"])
-    return {name: size for name, size in sizes.items() if name not in ("SUMS_AT_ONCE", "HISTORY")}
+    return sizes

@@ -337,8 +337,7 @@ def kernels_of(case):
         backward = triton_scan.backward_sizes(sizes)
         return [(triton_scan.forward_kernel, sizes), (triton_scan.backward_kernel, backward)]
     sizes = triton_held.held_sizes(kind, size, dims, chunk)
-    backward = {name: value for name, value in sizes.items() if name != "HISTORY"}
-    kernels = [(triton_scan.held_forward_kernel, sizes), (triton_scan.held_backward_kernel, backward)]
+    kernels = [(triton_scan.held_forward_kernel, sizes), (triton_scan.held_backward_kernel, sizes)]
     if order:
         sizes = triton_scan.segment_sizes(kind, size, dims, chunk, *order, 100)
         backward = {**triton_scan.segment_backward_sizes(sizes), "STARTS": True}
@@ -352,22 +351,18 @@ def compile_for(architecture, case, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from lmu_hf.model import triton_scan
+
     os.environ["TRITON_CACHE_DIR"] = tmp_path  # nothing is taken from an earlier run
     results = []
+    numbers = {"first", "count", "chunks", "batch", "steps", "known_step", "system", "further"}
     for kernel, constants in kernels_of(case):
-        sizes = dict(constants)
+        sizes = triton_scan.taken(kernel, constants)
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
-        numbers = {"first", "count", "chunks", "batch", "steps", "known_step", "system", "further"}
-        signature = {
-            name: "constexpr"
-            if name in sizes
-            else "i32"
-            if name in numbers or name.endswith("_row")
-            else "*i32"
-            if name == "counter"
-            else "*fp32"
-            for name in kernel.arg_names
-        }
+        signature = dict.fromkeys(kernel.arg_names, "*fp32")
+        signature |= {name: "i32" for name in signature if name in numbers or name.endswith("_row")}
+        signature |= {name: "*i32" for name in signature if name == "counter"}
+        signature |= dict.fromkeys(sizes, "constexpr")
         # As at a launch: torch's tensors start at a multiple of 16 bytes.
         aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
         source = ASTSource(fn=kernel, signature=signature, constexprs=sizes, attrs=aligned)
