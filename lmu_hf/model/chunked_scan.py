@@ -133,7 +133,7 @@ class _ChunkedScan(torch.autograd.Function):
         scan = _make_scan(ctx, operators, u, states, kept)
         nothing = step.new_empty(batch, steps, 0)
         scratch = Scratch(step)
-        reads = feedback and given is not None and weight is not None and scan.reads(given, weight, bias)
+        reads = feedback and given is not None and weight is not None and scan.reads(given, weight, bias, operators)
         for first, length in sizes.segments():
             if reads:
                 known = step.new_empty(batch, length, 0)
@@ -183,7 +183,7 @@ class _ChunkedScan(torch.autograd.Function):
             rows = {"step": len(step), "weight": len(weight), "bias": int(bias is not None)}
             wanted = any(needed[name] for name in rows)
             joined = step.new_zeros(sum(rows.values()), width) if wanted else None
-            if scan.adds_up(given, weight, u, grad_given, joined):
+            if scan.adds_up(given, weight, u, grad_given, joined, operators):
                 parts = () if joined is None else zip(rows, joined.split(list(rows.values())), strict=True)
                 added = {name: part.view(weights[name].shape) for name, part in parts if needed[name]}
                 needed.update(given=False, step=False, weight=False, bias=False)

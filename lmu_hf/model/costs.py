@@ -115,12 +115,11 @@ class _Transforms(NamedTuple):
     large: float
 
 
-# All states of a memory, without and with a backward pass; and what a recurrent cell hears of one, with it.
+# All states of a memory, without and with a backward pass.
 _COMPILED_FFT = (
     _Transforms(433e3, 0.103, 0.12, 0.0, 0.0, 0.37, 2.0),
     _Transforms(751e3, 0.125, 1.19, 0.0, 0.0, 0.89, 1.5),
 )
-_CONVOLVED = _Transforms(2.63e6, 0.594, 3.94, 0.86, 1.12, 1.45, 0.0)
 # Steps from which they are worth it for many rows: of fewer, one product does it all.
 _TRANSFORMED = 32
 _LANES = 8
@@ -182,15 +181,6 @@ def memory_chunk(rows: int, steps: int, order: int, *, training: bool, measured:
     return min((size for name, size in costs if name == "chunked"), key=lambda size: costs["chunked", size])
 
 
-# What a step of the look-ahead recurrence takes in the loop in Python, beyond that of the merged one: more calls. A cell alone
-# has fewer than either.
-_PYTHON_STEP = 50e3
-
-
-# What a merged run without feedback takes, in shares of one with it.
-_MERGED_ALONE = 0.9
-
-
 class Recurrence(NamedTuple):
     """The sizes of a run whose steps depend on each other: B, T, D, N, the hidden size H and the width G of its gates."""
 
@@ -202,85 +192,170 @@ class Recurrence(NamedTuple):
     gates: int
 
 
-def lookahead_costs(sizes: Recurrence) -> dict[int, float]:
-    """What :func:`lookahead_recurrence` takes, forward and backward: steps per chunk -> nanoseconds.
+class _LookAhead(NamedTuple):
+    """Nanoseconds of a look-ahead recurrence: per call, and per chunk; per multiply-add of the steps and of the fold, of the
+    memory's advance, and of the short kernel; per sum and hidden state, per u that the short kernel reads, and per number of a
+    chunk's memory; per number of the power that a chunk reads, and per multiply-add that makes the operators."""
+
+    call: float
+    chunk: float
+    product: float
+    advance: float
+    kernel: float
+    number: float
+    past: float
+    memory: float
+    reading: float
+    building: float
+
+
+class _InChunks(NamedTuple):
+    """Nanoseconds of a cell behind a memory that is known in advance, in chunks: per call, chunk and step, per multiply-add, per
+    number, per number of a matrix that is read anew in each step, per multiply-add that makes a chunk's operators, or number of
+    one that each step reads, and what each of these takes more where they leave the cache."""
+
+    call: float
+    chunk: float
+    step: float
+    product: float
+    number: float
+    reading: float
+    operator: float
+    large: float = 0.0
+
+
+class _Convolved(NamedTuple):
+    """What the transforms take; and nanoseconds per multiply-add that makes the kernel, per number of it, per multiply-add of the
+    cell, and per number of its matrix that is read anew in each step."""
+
+    transforms: _Transforms
+    making: float
+    kernel: float
+    product: float
+    reading: float
+
+
+class _Merged(NamedTuple):
+    """Nanoseconds of one product a step: per call and step, per multiply-add and per number; per number of the matrix once, and
+    in each step where it is read anew. ``alone`` is what a run without feedback takes, in shares of one with it."""
+
+    call: float
+    step: float
+    product: float
+    number: float
+    building: float
+    reading: float
+    alone: float = 0.9
+
+
+# Without and with a backward pass.
+_LOOK_AHEAD = (
+    _LookAhead(2.07e6, 2.11e3, 0.0261, 0.01, 0.0085, 0.879, 0.146, 1.59, 0.114, 4.11),
+    _LookAhead(4.78e6, 7.04e3, 0.0678, 0.0222, 0.0336, 3.11, 0.314, 4.41, 0.128, 9.03),
+)
+_FOLDED = (
+    _InChunks(1.3e6, 68.7e3, 213, 0.0264, 1.11, 0.0651, 2.06),
+    _InChunks(3.91e6, 114e3, 554, 0.0706, 3.24, 0.09, 4.91, 1.19),
+)
+_WRITTEN = (
+    _InChunks(1.3e6, 71.5e3, 89.5, 0.0204, 1.47, 0.0994, 0.0823),
+    _InChunks(3.65e6, 115e3, 0.0, 0.0542, 4.43, 0.192, 0.137),
+)
+_CONVOLVED = (
+    _Convolved(_Transforms(1.13e6, 0.249, 2.04, 0.0, 0.353, 0.473, 0.0), 0.00755, 0.0, 0.0179, 0.0901),
+    _Convolved(_Transforms(2.63e6, 0.594, 3.94, 0.86, 1.12, 1.45, 0.0), 0.01, 0.38, 0.053, 0.175),
+)
+_MERGED = (
+    _Merged(1.01e6, 228, 0.0222, 0.835, 9.63, 0.0348),
+    _Merged(1.86e6, 745, 0.0612, 1.44, 27.6, 0.0495),
+)
+
+# Loops in Python were measured with a backward pass only.
+_FOLDED_IN_PYTHON = _InChunks(2.13e6, 80.5e3, 750, 0.03, 5.5, 0.0, 9.5)
+_WRITTEN_IN_PYTHON = _InChunks(1.71e6, 83.7e3, 755, 0.0275, 5.6, 0.0, 0.136)
+# What a step of the look-ahead recurrence takes there, beyond that of the merged one: more calls. A cell alone has fewer than
+# either.
+_PYTHON_STEP = 50e3
+
+# Numbers of a matrix that stay in the cache next to the processor; what more there is, is read anew in each step.
+_NEAR = 1e5
+
+
+def lookahead_costs(sizes: Recurrence, *, training: bool) -> dict[int, float]:
+    """What :func:`lookahead_recurrence` takes, without or with a backward pass: steps per chunk -> nanoseconds.
 
     Longer chunks mean fewer advances of the memory but a longer short kernel per step, and more operators to build.
     """
     batch, steps, dims, order, hidden, gates = sizes
-    rows, width = batch * steps, dims + gates
+    own, rows, width = _LOOK_AHEAD[training], batch * steps, dims + gates
     costs = {}
     for size in (size for size in CHUNKS[:7] if size <= max(steps, 1)):
-        products = 0.0678 * (hidden + dims * order) * width + 0.0222 * dims * order * order / size
-        numbers = 3.11 * (width + hidden) + 0.314 * dims * size + 4.41 * dims * order / size
-        kernel = 0.0336 * size * dims * width
-        # Each chunk reads what advances the memory.
-        chunks, building = -(-steps // size) * (7.04e3 + 0.128 * order * order), 9.03 * size * dims * order * width
-        costs[size] = 4.78e6 + rows * (products + numbers + kernel) + chunks + building
+        products = own.product * (hidden + dims * order) * width + own.advance * dims * order * order / size
+        numbers = own.number * (width + hidden) + own.past * dims * size + own.memory * dims * order / size
+        kernel = own.kernel * size * dims * width
+        chunks = -(-steps // size) * (own.chunk + own.reading * order * order)
+        costs[size] = own.call + rows * (products + numbers + kernel) + chunks + own.building * size * dims * order * width
     return costs
 
 
-def uncoupled_costs(sizes: Recurrence, *, compiled: bool, at_rest: bool = False) -> dict[tuple[str, int], float]:
-    """What an uncoupled layer with a recurrent cell takes, forward and backward, in nanoseconds.
+def uncoupled_costs(
+    sizes: Recurrence, *, training: bool, compiled: bool, at_rest: bool = False
+) -> dict[tuple[str, int], float]:
+    """What an uncoupled layer with a recurrent cell takes, without or with a backward pass, in nanoseconds.
 
     Of :func:`uncoupled_recurrence`, ("folded" or "written", steps per chunk); with compiled loops and ``at_rest``, of
     :func:`convolved_recurrence`, ("convolved", 0).
     """
     batch, steps, dims, order, hidden, gates = sizes
     rows, recurrent, flat = batch * steps, hidden * gates, dims * order
-    # What does not stay in the cache next to the processor is read anew in each step.
-    reading = steps * max(recurrent - 1e5, 0)
+    folded = _FOLDED[training] if compiled else _FOLDED_IN_PYTHON
+    written = _WRITTEN[training] if compiled else _WRITTEN_IN_PYTHON
+    step_by_step = compiled and order <= SMALL_ORDER
     costs = {}
     for size in (size for size in (8, 16, 32, 64) if size <= max(steps, 8)):
         chunks = -(-steps // size)
-        products = rows * (recurrent + dims * (size * gates + order * gates + order * order / size))
+        work = folded.product * rows * (recurrent + dims * (size * gates + order * gates + order * order / size))
+        work += folded.number * rows * (gates + hidden) + folded.reading * steps * max(recurrent + flat * gates - _NEAR, 0)
+        if not compiled:
+            work += rows * (19.2 * dims + 34.4 * flat / size)
         operators = size * dims * gates * (order + size)
-        if compiled:
-            folds = steps * max(recurrent + flat * gates - 1e5, 0)
-            building = 4.91 * operators + 1.19 * max(operators - 1e6, 0)
-            work = 0.0706 * products + rows * 3.24 * (gates + hidden) + 0.09 * folds
-            costs["folded", size] = 3.91e6 + 114e3 * chunks + 554 * steps + work + building
-        else:
-            numbers = rows * (5.5 * (gates + hidden) + 19.2 * dims + 34.4 * flat / size)
-            costs["folded", size] = 2.13e6 + 80.5e3 * chunks + 750 * steps + 0.03 * products + numbers + 9.5 * operators
-        step_by_step = compiled and order <= SMALL_ORDER
+        work += folded.operator * operators + folded.large * max(operators - 1e6, 0)
+        costs["folded", size] = folded.call + folded.chunk * chunks + folded.step * steps + work
+
         each = 8 if step_by_step else size + order + order / size
-        products = rows * (recurrent + flat * (each + gates))
-        numbers = rows * (gates + hidden + flat)
+        work = written.product * rows * (recurrent + flat * (each + gates)) + written.number * rows * (gates + hidden + flat)
         # With few rows, reading the chunk's operator costs more than multiplying with it.
-        operator = 0 if step_by_step else steps * (size + order) * order
-        if compiled:
-            work = 0.0542 * products + 4.43 * numbers + 0.137 * operator + 0.192 * reading
-            costs["written", size] = 3.65e6 + 115e3 * chunks + work
-        else:
-            work = 0.0275 * products + 5.6 * numbers + 0.136 * operator
-            costs["written", size] = 1.71e6 + 83.7e3 * chunks + 755 * steps + work
+        work += written.operator * (0 if step_by_step else steps * (size + order) * order)
+        work += written.reading * steps * max(recurrent - _NEAR, 0)
+        costs["written", size] = written.call + written.chunk * chunks + written.step * steps + work
     if compiled and at_rest:
-        kernel = steps * dims * gates * (0.01 * order + 0.38)
-        transforms = _transforms_cost(_CONVOLVED, batch, steps, gates, dims)
-        costs["convolved", 0] = transforms + kernel + 0.053 * rows * recurrent + 0.175 * reading
+        own = _CONVOLVED[training]
+        transforms = _transforms_cost(own.transforms, batch, steps, gates, dims)
+        kernel = steps * dims * gates * (own.making * order + own.kernel)
+        cell = own.product * rows * recurrent + own.reading * steps * max(recurrent - _NEAR, 0)
+        costs["convolved", 0] = transforms + kernel + cell
     return costs
 
 
-def merged_cost(sizes: Recurrence) -> float:
-    """What :func:`merged_recurrence` takes, forward and backward, in nanoseconds."""
+def merged_cost(sizes: Recurrence, *, training: bool, feedback: bool) -> float:
+    """What :func:`merged_recurrence` takes, without or with a backward pass, in nanoseconds."""
     batch, steps, dims, order, hidden, gates = sizes
-    linear, rows = dims * order, batch * steps
+    own, linear, rows = _MERGED[training], dims * order, batch * steps
     matrix = (linear + hidden) * (linear + gates)
-    # What does not stay in the cache next to the processor is read anew in each step.
-    reading = 0.0495 * steps * max(matrix - 1e5, 0)
-    return 1.86e6 + 745 * steps + rows * (0.0612 * matrix + 1.44 * (linear + hidden + gates)) + 27.6 * matrix + reading
+    numbers = own.number * (linear + hidden + gates)
+    once = own.call + own.step * steps + own.building * matrix + own.reading * steps * max(matrix - _NEAR, 0)
+    return (once + rows * (own.product * matrix + numbers)) * (1 if feedback else own.alone)
 
 
-def lookahead_chunk(sizes: Recurrence, *, measured: bool) -> int:
-    """Steps per chunk of the look-ahead recurrence.
+def lookahead_chunk(sizes: Recurrence, *, training: bool, measured: bool) -> int:
+    """Steps per chunk of the look-ahead recurrence, without or with a backward pass.
 
     Where nothing was ``measured``, launches are what costs: long chunks, unless their short kernel outgrows the hidden state.
     """
     if not measured:
         longest = min(_DEFAULT_CHUNK, max(sizes.steps, 1), max(4 * sizes.hidden_size, 256) // sizes.memory_d)
         return max(size for size in CHUNKS if size <= max(longest, 1))
-    costs = lookahead_costs(sizes)
+    costs = lookahead_costs(sizes, training=training)
     return min(costs, key=costs.__getitem__)
 
 
@@ -289,6 +364,7 @@ def recurrence_algorithm(
     *,
     hidden_to_memory: bool,
     memory_to_memory: bool,
+    training: bool,
     compiled: bool,
     measured: bool,
     merges: bool = True,
@@ -300,6 +376,7 @@ def recurrence_algorithm(
         sizes: of the layer and of the run.
         hidden_to_memory: the hidden state is fed back into the memory.
         memory_to_memory: the memory is; without the hidden state, its input is computed first.
+        training: a gradient is wanted.
         compiled: the compiled loops are there.
         measured: whether the models hold; "merged" is taken only where they do.
         merges: whether it may be taken at all.
@@ -308,13 +385,14 @@ def recurrence_algorithm(
     costs: dict[tuple[str, int], float]
     if hidden_to_memory:
         if not measured:
-            return "lookahead", lookahead_chunk(sizes, measured=False)
-        costs = {("lookahead", size): cost for size, cost in lookahead_costs(sizes).items()}
+            return "lookahead", lookahead_chunk(sizes, training=training, measured=False)
+        costs = {("lookahead", size): cost for size, cost in lookahead_costs(sizes, training=training).items()}
     else:
-        first = min(lookahead_costs(sizes._replace(hidden_size=0, gates=0)).values()) if memory_to_memory else 0.0
-        own = uncoupled_costs(sizes, compiled=compiled, at_rest=at_rest)
+        alone = sizes._replace(hidden_size=0, gates=0)
+        first = min(lookahead_costs(alone, training=training).values()) if memory_to_memory else 0.0
+        own = uncoupled_costs(sizes, training=training, compiled=compiled, at_rest=at_rest)
         costs = {way: first + cost for way, cost in own.items()}
     if measured and merges and (compiled or hidden_to_memory):
-        merged = merged_cost(sizes) - (0 if compiled else sizes.steps * _PYTHON_STEP)
-        costs["merged", 0] = merged if hidden_to_memory else _MERGED_ALONE * merged
+        merged = merged_cost(sizes, training=training, feedback=hidden_to_memory)
+        costs["merged", 0] = merged - (0 if compiled else sizes.steps * _PYTHON_STEP)
     return min(costs, key=costs.__getitem__)

@@ -324,7 +324,8 @@ class LMU(nn.Module):
             weights,
             dropout,
             return_sequences=return_sequences,
-            training=wants_gradient(x, *cell.parameters(recurse=False)),
+            training=wants_gradient(x, *state.tensors(), *cell.parameters()),
+            trains_memory=wants_gradient(x, state.memory, *cell.parameters(recurse=False)),
             like=x,
             at_rest=at_rest,
         )
@@ -421,6 +422,7 @@ class LMU(nn.Module):
             dropout,
             return_sequences=every,
             training=training,
+            trains_memory=training,
             like=like,
         )
 

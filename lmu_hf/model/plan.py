@@ -59,6 +59,7 @@ def make_plan(
     *,
     return_sequences: bool,
     training: bool,
+    trains_memory: bool,
     like: Tensor,
     at_rest: bool = True,
 ) -> Plan:
@@ -72,7 +73,8 @@ def make_plan(
         weights: the gate form of the hidden cell, None if it has none.
         dropout: the masks of this run.
         return_sequences: all outputs are wanted.
-        training: a gradient of the memory's input is wanted.
+        training: a gradient is wanted.
+        trains_memory: one of the memory's input or its matrices is.
         like: a tensor of the dtype and on the device of the inputs.
         at_rest: the state before the first step is known to be zero.
 
@@ -99,7 +101,8 @@ def make_plan(
     if algorithm == "merged" and u_first:
         raise _refusal("merged", "encoder_act or the dropout of what is fed back asks for u before the gates", "lookahead")
     if weights is not None and (cell.hidden_to_memory or recurrent) and algorithm in ("auto", "lookahead", "merged"):
-        return _recurrence(cell, algorithm, batch, steps, weights, like, u_first=u_first, at_rest=at_rest)
+        how = {"training": training, "u_first": u_first, "at_rest": at_rest}
+        return _recurrence(cell, algorithm, batch, steps, weights, like, **how)
     if algorithm == "merged":
         raise _refusal("merged", "its hidden cell has no form as affine gates", "naive")
     because = _INPUT_FIRST if cell.memory_to_memory else _INPUT_KNOWN
@@ -113,7 +116,7 @@ def make_plan(
             steps,
             cell.order,
             return_sequence=every,
-            training=training,
+            training=trains_memory,
             compiled=available(like),
             measured=known,
             systems=len(cell.initial_theta) if isinstance(cell.initial_theta, tuple) else 1,
@@ -121,7 +124,7 @@ def make_plan(
         )
     else:
         memory, because = algorithm, f"algorithm={algorithm!r}"
-        chunk = memory_chunk(rows, steps, cell.order, training=training, measured=known) if memory == "chunked" else 0
+        chunk = memory_chunk(rows, steps, cell.order, training=trains_memory, measured=known) if memory == "chunked" else 0
     hidden = None if cell.hidden_cell is None else "at once"
     if recurrent:
         hidden = "step by step" if weights is None else _loop(like)
@@ -138,6 +141,7 @@ def _recurrence(
     weights: GateWeights,
     like: Tensor,
     *,
+    training: bool,
     u_first: bool,
     at_rest: bool,
 ) -> Plan:
@@ -149,6 +153,7 @@ def _recurrence(
         sizes,
         hidden_to_memory=cell.hidden_to_memory,
         memory_to_memory=cell.memory_to_memory,
+        training=training,
         compiled=available(like),
         measured=measured(like),
         at_rest=at_rest,

@@ -110,7 +110,10 @@ class NaiveScan(TimeLoop):
         return self.gates.initial_gradients(self.carry)
 
 
-_MANY = 3  # rows, from which on a product with all of them beats one that all threads share: one more than FEW in feedback.h
+# Rows so few, FEW in feedback.h, that all threads share a product with the fold. Where that is one in each chunk and has fewer
+# numbers, waiting for one another costs two rows more than each reading all of them.
+_FEW = 2
+_SHARED = 1 << 20
 
 
 class CompiledScan(TimeLoop):
@@ -144,17 +147,20 @@ class CompiledScan(TimeLoop):
         encoder, direct, mask, activation, u = self.encoding
         return [panels(encoder.mT), panels(direct.mT), u], mask, activation
 
-    def _apart(self) -> bool:
-        """Whether there are rows for every thread, so that none waits for others."""
-        return len(self.states[0]) >= max(torch.get_num_threads(), _MANY)
+    def _apart(self, operators: ChunkOperators) -> bool:
+        """Whether each thread has rows of its own through all chunks, so that none waits for others."""
+        assert operators.fold is not None
+        rows = len(self.states[0])
+        shared = rows == 1 or not self.dims or operators.fold.numel() > _SHARED
+        return rows >= torch.get_num_threads() and not (rows <= _FEW and shared)
 
-    def _reads(self, weight: Tensor) -> bool:
-        return self._apart() and self.step.numel() + weight.numel() <= MOST_NUMBERS
+    def _reads(self, weight: Tensor, operators: ChunkOperators) -> bool:
+        return self._apart(operators) and self.step.numel() + weight.numel() <= MOST_NUMBERS
 
     def _folds(self, operators: ChunkOperators, *, transposed: bool = False) -> Tensor | None:
         """``operators.fold`` by steps, where threads need not share the product with it in each chunk."""
         assert operators.fold is not None
-        if not self._apart():
+        if not self._apart(operators):
             return None
         by_step = operators.fold.unflatten(1, (self.chunk, -1)).transpose(0, 1)
         return panels(by_step.mT if transposed else by_step)
@@ -173,16 +179,22 @@ class CompiledScan(TimeLoop):
             self.cell.kind, first, count, self.chunk, known, *self.advance, starts, self.matrix, self.states, self.kept
         )
 
-    def reads(self, given: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        if not self._reads(weight):
+    def reads(self, given: Tensor, weight: Tensor, bias: Tensor | None, operators: ChunkOperators) -> bool:
+        if not self._reads(weight, operators):
             return False
         self.reading = given, panels(weight), None if bias is None else bias.contiguous()
         return True
 
     def adds_up(
-        self, given: Tensor, weight: Tensor, u: Tensor, grad_given: Tensor | None, grad_matrix: Tensor | None
+        self,
+        given: Tensor,
+        weight: Tensor,
+        u: Tensor,
+        grad_given: Tensor | None,
+        grad_matrix: Tensor | None,
+        operators: ChunkOperators,
     ) -> bool:
-        if not self._reads(weight):
+        if not self._reads(weight, operators):
             return False
         self.reading = given, None if grad_given is None else panels(weight.mT), u, grad_given, grad_matrix
         return True

@@ -142,18 +142,25 @@ class TimeLoop:
         with full_float32(grad_sums):
             torch.mm(grad_sums.view(to_starts.shape[:2].numel(), -1), operators.fold.mT, out=to_starts.flatten(0, 1))
 
-    def reads(self, given: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    def reads(self, given: Tensor, weight: Tensor, bias: Tensor | None, operators: ChunkOperators) -> bool:
         """Asks :meth:`feedback_forward` to compute by itself what the inputs contribute to the sums; returns whether it will.
 
         Args:
             given: inputs of all steps (B, T, I), with contiguous features.
             weight: (I, W).
             bias: (W,) or None.
+            operators: the matrices of a chunk.
         """
         return False
 
     def adds_up(
-        self, given: Tensor, weight: Tensor, u: Tensor, grad_given: Tensor | None, grad_matrix: Tensor | None
+        self,
+        given: Tensor,
+        weight: Tensor,
+        u: Tensor,
+        grad_given: Tensor | None,
+        grad_matrix: Tensor | None,
+        operators: ChunkOperators,
     ) -> bool:
         """Asks :meth:`feedback_backward` for the gradients of inputs, step matrix, weight and bias; returns whether it will.
 
@@ -163,6 +170,7 @@ class TimeLoop:
             u: the memory's input (B, K * C, D).
             grad_given: where the gradient of ``given`` goes, or None.
             grad_matrix: to what those of [step, weight, bias if there is one], one below the other, are added, or None.
+            operators: as above.
         """
         return False
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmu_hf.model import chunked_scan, convolved, lookahead, plan, time_loop
+from lmu_hf.model import chunked_scan, convolved, lookahead, plan, scan, time_loop
 from lmu_hf.model.cell_registry import build_hidden_cell
 from lmu_hf.model.gates import GATES, gate_weights
 from lmu_hf.model.layer import LMU
@@ -383,13 +383,15 @@ def test_frozen_weights(memory, trained, loop, monkeypatch):
         assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.abs().max()))
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("batch", "shared"), [(1, True), (2, True), (2, False)])
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 @pytest.mark.parametrize("encoder_act", ["linear", "tanh"])
-def test_few_rows(cell, system, encoder_act, batch, loop, monkeypatch):
-    """Whose products are the loop's own."""
+def test_few_rows(cell, system, encoder_act, batch, shared, loop, monkeypatch):
+    """Whose products with the fold are the loop's own, shared by all threads, unless they cost less than sharing them."""
     take(monkeypatch, 8)
+    if shared:
+        monkeypatch.setattr(scan, "_SHARED", 0)
     monkeypatch.setitem(CONNECTIONS, "some", {**CONNECTIONS["all"], "encoder_act": encoder_act})
     layer = build(cell, "some", system)
     assert_equals_naive(layer, "auto", {2: None, 37: [37, 30][:batch]}, batch=batch)

@@ -6,8 +6,18 @@ from torch import nn
 
 from lmu_hf import LMU, LMUConfig, LMUForSequenceClassification, linear_memory
 from lmu_hf.model import layer as layer_module
+from lmu_hf.model import plan as planning
 from lmu_hf.model.compiled import available
-from lmu_hf.model.costs import Recurrence, lookahead_chunk, memory_algorithm, memory_costs, recurrence_algorithm
+from lmu_hf.model.costs import (
+    Recurrence,
+    lookahead_chunk,
+    lookahead_costs,
+    memory_algorithm,
+    memory_costs,
+    merged_cost,
+    recurrence_algorithm,
+    uncoupled_costs,
+)
 from lmu_hf.model.legendre import delay_system
 
 COUPLED = {"hidden_to_memory": True, "memory_to_memory": True}
@@ -102,7 +112,7 @@ def test_memory_costs(training, compiled):
 
 
 FEEDBACK = {"hidden_to_memory": False, "memory_to_memory": False}
-KNOWN = {"compiled": True, "measured": True}
+KNOWN = {"training": True, "compiled": True, "measured": True}
 
 
 def test_folds_where_the_memory_is_large():
@@ -118,17 +128,57 @@ def test_merges_where_the_memory_is_small(hidden_to_memory, memory_to_memory):
     small, large = Recurrence(100, 28, 10, 3, 10, 40), Recurrence(100, 784, 1, 256, 212, 212)
     assert recurrence_algorithm(small, **feedback, **KNOWN) == ("merged", 0)
     assert recurrence_algorithm(small, **feedback, **KNOWN, merges=False)[0] != "merged"
-    assert recurrence_algorithm(small, **feedback, compiled=False, measured=False)[0] != "merged"
+    assert recurrence_algorithm(small, **feedback, training=True, compiled=False, measured=False)[0] != "merged"
     assert recurrence_algorithm(large, **feedback, **KNOWN)[0] != "merged"
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("hidden_to_memory", [False, True])
+@pytest.mark.parametrize("cell", [(64, 64), (64, 256)])
+def test_recurrence_costs(compiled, hidden_to_memory, cell):
+    """Nothing grows cheaper with the sizes, and a backward pass is not for nothing."""
+    for batch, steps, dims, order in ((1, 784, 1, 256), (32, 784, 1, 256), (100, 28, 10, 3), (16, 4096, 64, 8)):
+        sizes = Recurrence(batch, steps, dims, order, *cell)
+        larger = [sizes._replace(**{name: 2 * getattr(sizes, name)}) for name in ("batch", "steps", "memory_d", "order")]
+
+        def best(sizes, *, training):
+            ways = [merged_cost(sizes, training=training, feedback=hidden_to_memory)]
+            if hidden_to_memory:
+                ways += lookahead_costs(sizes, training=training).values()
+            else:
+                ways += uncoupled_costs(sizes, training=training, compiled=compiled, at_rest=True).values()
+            return min(ways)
+
+        forward, whole = (best(sizes, training=training) for training in (False, True))
+        assert 0 < forward < whole or not compiled
+        assert all(best(more, training=training) > min(forward, whole) for more in larger for training in (False, True))
+
+
+def test_what_has_no_gradient_is_chosen_by_its_forward_pass(monkeypatch):
+    asked = []
+    choose = planning.recurrence_algorithm
+    monkeypatch.setattr(planning, "recurrence_algorithm", lambda *a, **k: asked.append(k["training"]) or choose(*a, **k))
+    layer, x = LMU(1, 1, 8, 20.0, "rnn", 6, **COUPLED), torch.zeros(2, 30, 1)
+    layer(x)
+    layer.cell.requires_grad_(False)
+    layer(x)
+    layer(x.clone().requires_grad_())
+    layer.cell.hidden_cell.requires_grad_(True)
+    layer(x)
+    with torch.no_grad():
+        layer(x)
+    layer.explain(2, 30)
+    layer.explain(2, 30, training=False)
+    assert asked == [True, False, True, True, False, True, False]
+
+
 def test_chunks_are_no_longer_than_the_sequence():
-    assert lookahead_chunk(Recurrence(1, 3, 1, 256, 212, 212), measured=True) <= 3
+    assert lookahead_chunk(Recurrence(1, 3, 1, 256, 212, 212), training=True, measured=True) <= 3
     # Not measured: as long as it goes, but for a short kernel of many dimensions.
-    assert lookahead_chunk(Recurrence(100, 784, 1, 256, 212, 212), measured=False) == 32
-    assert lookahead_chunk(Recurrence(1, 3, 1, 256, 212, 212), measured=False) == 2
-    assert lookahead_chunk(Recurrence(32, 4096, 64, 8, 128, 128), measured=False) == 8
-    assert lookahead_chunk(Recurrence(32, 4096, 1000, 8, 0, 0), measured=False) == 1
+    assert lookahead_chunk(Recurrence(100, 784, 1, 256, 212, 212), training=True, measured=False) == 32
+    assert lookahead_chunk(Recurrence(1, 3, 1, 256, 212, 212), training=True, measured=False) == 2
+    assert lookahead_chunk(Recurrence(32, 4096, 64, 8, 128, 128), training=True, measured=False) == 8
+    assert lookahead_chunk(Recurrence(32, 4096, 1000, 8, 0, 0), training=True, measured=False) == 1
     assert recurrence_algorithm(Recurrence(1, 3, 1, 256, 212, 212), **FEEDBACK, **KNOWN)[1] <= 8
 
 
