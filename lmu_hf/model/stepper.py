@@ -192,23 +192,19 @@ class LMUStepper:
     def _two_products(
         self, encoder: Tensor, u_bias: Tensor | None, A: Tensor, B: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Callable[[_Row, _Row], Any]:
-        """[m, x, h] -> the gates of the memory to come, and u; then [u, m] -> m', for the second row."""
+        """[m, x, 1, h] -> the gates of the memory to come, and u; then [u, m] -> m', for the second row."""
         cell, like = self.cell, self._like
         dims, flat = cell.memory_d, cell.memory_d * cell.order
-        others = cell.input_size + (0 if weight is None else cell.state_sizes[0])
-        of_u, read = self._encoder_of_rows(encoder)
-        matrix = like.new_zeros(flat + others, dims)
+        of_u, read = self._to_u(encoder, u_bias)
+        matrix = like.new_zeros(flat + cell.input_size + 1 + (0 if weight is None else cell.state_sizes[0]), dims)
         matrix[read] = of_u
-        constant = like.new_zeros(dims) if u_bias is None else u_bias
         ahead, to_memory = side_by_side(A, B, dims)
         if weight is not None:
             # m' K, of all that m' is made of
-            of_memory, direct = weight.tensor_split([flat])
+            of_memory, direct = self._to_gates(weight, bias).tensor_split([flat])
             gates = matrix @ (to_memory @ of_memory) + torch.cat([ahead @ of_memory, direct])
-            through = constant @ to_memory @ of_memory
             matrix = torch.cat([gates, matrix], dim=1)
-            constant = torch.cat([through if bias is None else through + bias, constant])
-        to_sums, to_next = _affine(like, matrix, constant), _affine(like, torch.cat([to_memory, ahead]))
+        to_sums, to_next = _product(like, matrix), _product(like, torch.cat([to_memory, ahead]))
 
         def advance(now: _Row, after: _Row) -> None:
             to_sums(now.known_, now.sums_)
@@ -229,10 +225,10 @@ class LMUStepper:
         """u, m' and the gates one after the other, always in the same row."""
         cell, A, B, memory = self.cell, A.mT, B[:, None], row.memory
         dims, order = cell.memory_d, cell.order
-        encoder, read = self._encoder_of_rows(encoder)
+        of_u, read = self._to_u(encoder, u_bias)
         of_row, activate = row.known_[..., read], ACTIVATIONS[cell.encoder_act]
-        to_u = _affine(self._like, encoder, u_bias)
-        to_gates = None if weight is None else _affine(self._like, weight, bias)
+        to_u = _product(self._like, of_u)
+        to_gates = None if weight is None else _product(self._like, self._to_gates(weight, bias))
 
         def advance(*_: _Row) -> None:
             to_u(of_row, row.u_)
@@ -247,18 +243,25 @@ class LMUStepper:
 
         return advance
 
-    def _encoder_of_rows(self, encoder: Tensor) -> tuple[Tensor, slice]:
-        """E for the part of [m, x, h] that it reads, and which part that is."""
+    def _to_u(self, encoder: Tensor, bias: Tensor | None) -> tuple[Tensor, slice]:
+        """E for the part of [m, x, 1, h] that it reads, and which part that is."""
         cell = self.cell
         of_input, of_hidden, of_memory = encoder.tensor_split([cell.input_size, cell.encoder_size])
-        end = cell.memory_d * cell.order + cell.input_size + len(of_hidden)
-        return torch.cat([of_memory, of_input, of_hidden]), slice(end - len(encoder), end)
+        end = cell.memory_d * cell.order + cell.input_size + 1 + len(of_hidden)
+        matrix = torch.cat([of_memory, of_input, _row(bias, encoder), of_hidden])
+        return matrix, slice(end - len(matrix), end)
+
+    def _to_gates(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """K for [m, x, 1, h]."""
+        before, of_hidden = weight.tensor_split([len(weight) - self.cell.state_sizes[0]])
+        return torch.cat([before, _row(bias, weight), of_hidden])
 
 
 class _Row(NamedTuple):
-    """What the Python loop reads and writes in a step, parts of one tensor [gates, u, m, x, h] (B, G + D + D * N + inputs + H).
+    """What the Python loop reads and writes in a step, parts of one tensor [gates, u, m, x, 1, h]
+    (B, G + D + D * N + inputs + 1 + H). The one is for biases: beside a product they would take a call of their own.
 
-    Those with an underscore are for :func:`_affine`: without the dimension B where that is 1.
+    Those with an underscore are for :func:`_product`: without the dimension B where that is 1.
     """
 
     gates: Tensor
@@ -271,29 +274,31 @@ class _Row(NamedTuple):
     memory_: Tensor
     sums_: Tensor  # [gates, u]
     driven_: Tensor  # [u, m]
-    known_: Tensor  # [m, x, h]
+    known_: Tensor  # [m, x, 1, h]
 
     @classmethod
     def allocate(cls, like: Tensor, width: int, dims: int, order: int, size: int) -> _Row:
         flat, inputs = dims * order, like.shape[1]
-        row = like.new_zeros(len(like), width + dims + flat + inputs + size)
-        gates, u, memory, sample, hidden = row.split([width, dims, flat, inputs, size], dim=1)
+        row = like.new_zeros(len(like), width + dims + flat + inputs + 1 + size)
+        gates, u, memory, sample, one, hidden = row.split([width, dims, flat, inputs, 1, size], dim=1)
+        one.fill_(1)
         sums, known = row.tensor_split([width + dims], dim=1)
         parts = gates, u, memory, sums, row[:, width : width + dims + flat], known
         return cls(gates, u, memory, sample, hidden, *(parts if len(like) > 1 else (part[0] for part in parts)))
 
 
-def _affine(like: Tensor, matrix: Tensor, constant: Tensor | None = None) -> Callable[[Tensor, Tensor], Any]:
-    """A function of x (B, K) and out (B, W), or (K,) and (W,) for one stream, that writes x @ matrix + constant to out."""
+def _row(bias: Tensor | None, like: Tensor) -> Tensor:
+    """A bias (W,) as the row of a matrix (K, W) that is multiplied by one."""
+    return like.new_zeros(1, like.shape[1]) if bias is None else bias[None]
+
+
+def _product(like: Tensor, matrix: Tensor) -> Callable[[Tensor, Tensor], Any]:
+    """A function of x (B, K) and out (B, W), or (K,) and (W,) for one stream, that writes x @ matrix to out."""
     if len(like) > 1:
-        if constant is None:
-            return lambda x, out: torch.mm(x, matrix, out=out)
-        return lambda x, out: torch.addmm(constant, x, matrix, out=out)
+        return lambda x, out: torch.mm(x, matrix, out=out)
     # A matrix times a vector is read faster than a row times a matrix, and faster along its rows; its sums are rounded less, too.
     columns = matrix.mT.contiguous()
-    if constant is None:
-        return lambda x, out: torch.mv(columns, x, out=out)
-    return lambda x, out: torch.addmv(constant, columns, x, out=out)
+    return lambda x, out: torch.mv(columns, x, out=out)
 
 
 def _function_of(stream: Any) -> Callable[[Tensor], Tensor] | None:
