@@ -25,7 +25,7 @@ _LARGE = 4 << 20
 
 class _Factors(NamedTuple):
     """Nanoseconds: of a call, of a chunk or step, per multiply-add, per number written, per number of a large tensor, per number
-    of a chunk's operator and, where the starts of the chunks come first, of what makes one start of the last."""
+    of a chunk's operator, where the starts of the chunks come first, of what makes one start of the last, and per number of u."""
 
     call: float
     part: float
@@ -34,13 +34,14 @@ class _Factors(NamedTuple):
     large: float
     operator: float = 0.0
     start: float = 0.0
+    signal: float = 0.0
 
 
 # Without and with a backward pass.
-_SCAN = (_Factors(307e3, 10.2, 0.0357, 0.0, 1.9), _Factors(489e3, 25.0, 0.11, 0.0, 2.7))
+_SCAN = (_Factors(307e3, 10.2, 0.0357, 0.0, 1.9), _Factors(589e3, 29.4, 0.163, 0.0, 0.0))
 _CHUNKED = (
     _Factors(396e3, 21.7e3, 0.0111, 0.64, 2.0, 0.37, 0.196),
-    _Factors(583e3, 50.5e3, 0.0207, 1.91, 4.9, 1.0, 0.105),
+    _Factors(760e3, 86.5e3, 0.0271, 1.69, 5.4, 1.46, 0.0, 2.0),
 )
 _FFT = (_Factors(431e3, 0.0, 0.08, 0.51, 3.4), _Factors(780e3, 0.0, 0.244, 1.12, 7.2))
 
@@ -85,7 +86,8 @@ def memory_costs(
             read, start = chunks, 3 * own.number * rows * order * (1 - begun / steps)
             inputs -= begun / steps * (inputs - (begun + size) / 2)
         work = numbers * (own.product * inputs + own.number) + own.operator * size * order * inputs * read
-        costs["chunked", size] = own.call + chunks * (own.part + start) + work + own.large * max(numbers - _LARGE, 0)
+        work += own.signal * rows * steps + own.large * max(numbers - _LARGE, 0)
+        costs["chunked", size] = own.call + chunks * (own.part + start) + work
         if size >= steps:
             break
     return costs
@@ -118,7 +120,7 @@ class _Transforms(NamedTuple):
 # All states of a memory, without and with a backward pass.
 _COMPILED_FFT = (
     _Transforms(433e3, 0.103, 0.12, 0.0, 0.0, 0.37, 2.0),
-    _Transforms(751e3, 0.125, 1.19, 0.0, 0.0, 0.89, 1.5),
+    _Transforms(854e3, 0.435, 0.053, 0.0, 0.0, 0.725, 5.38),
 )
 # Steps from which they are worth it for many rows: of fewer, one product does it all.
 _TRANSFORMED = 32

@@ -1,10 +1,12 @@
 """Whether "auto" chooses well: every algorithm and chunk at a grid of sizes, interleaved, and what the choice of "auto" costs.
 
-For each size: the time of what "auto" takes, divided by the shortest of all. 1.00 is the best there is.
+For each size: the time of what "auto" takes, divided by the shortest of all. 1.00 is the best there is. The grids are walked
+several times, and medians taken over all of these, since for minutes on end a shared processor favours one way or another.
 """
 
 import itertools
 import statistics
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -14,6 +16,7 @@ from lmu_hf import LMU
 from lmu_hf.model import plan as planning
 from lmu_hf.model.costs import CHUNKS
 from lmu_hf.model.memory import linear_memory
+from lmu_hf.model.plan import Plan
 
 # Rows, steps, order of memories; the longest with many rows are left out, as they take minutes and say nothing new.
 MEMORIES = [
@@ -43,6 +46,8 @@ LAYERS = [
     (16, 256, 4, 16, 32, "gru"),
 ]
 
+# How often the grids are walked.
+PASSES = 3
 # Seconds for which a shorter call is repeated, so that it is not its threads' waking up that is compared.
 SHORT = 0.02
 
@@ -50,21 +55,33 @@ SHORT = 0.02
 def run(*, runs: int, names: list[str] | None = None, **_) -> dict:
     """Walks both grids, forward and with backward: list of sizes, ms of each way, the choice and what it costs."""
     torch.manual_seed(0)
-    report: dict[str, list] = {name: [] for name in names or ("memories", "layers")}
-    for training in (False, True):
-        for rows, steps, order in MEMORIES if "memories" in report else ():
-            _report(report["memories"], _memory(rows, steps, order, training, runs))
-        for sizes in LAYERS if "layers" in report else ():
-            for coupled in (False, True):
-                _report(report["layers"], _layer(*sizes, coupled, training, runs))
-    for name, found in report.items():
-        costs = [one["cost"] for one in found]
+    walks: dict[str, list[list[_Compared]]] = {name: [] for name in names or ("memories", "layers")}
+    ways, own = (False, True), -(-runs // PASSES)
+    for number in range(PASSES):
+        if "memories" in walks:
+            walks["memories"].append([_memory(*sizes, training, own) for training in ways for sizes in MEMORIES])
+        if "layers" in walks:
+            layers = itertools.product(ways, LAYERS, ways)
+            walks["layers"].append([_layer(*sizes, coupled, training, own) for training, sizes, coupled in layers])
+        print(f"  walked {number + 1} of {PASSES} times", flush=True)
+    report = {}
+    for name, walked in walks.items():
+        report[name] = [_report(same) for same in zip(*walked, strict=True)]
+        costs = [one["cost"] for one in report[name]]
         worse = sum(cost > 1.15 for cost in costs)
         print(f"{name}: {len(costs)} sizes, mean {statistics.mean(costs):.3f}, worst {max(costs):.2f}, {worse} above 1.15")
     return report
 
 
-def _memory(rows: int, steps: int, order: int, training: bool, runs: int) -> dict:
+class _Compared(NamedTuple):
+    """Sizes, the way that "auto" takes there, and ms of each way, as often as it ran."""
+
+    sizes: dict
+    chosen: str
+    ms: dict[str, list[float]]
+
+
+def _memory(rows: int, steps: int, order: int, training: bool, runs: int) -> _Compared:
     layer = LMU(1, 1, order, 2.0 * steps, return_sequences=True, kernel_initializer=None)
     system = layer.cell.system()
     u = torch.randn(rows, steps, 1, requires_grad=training)
@@ -80,12 +97,12 @@ def _memory(rows: int, steps: int, order: int, training: bool, runs: int) -> dic
     if order <= 32:
         ways.append(("scan", 0))
     sizes = {"rows": rows, "steps": steps, "order": order, "training": training}
-    return {**sizes, **_compared(ways, call, (chosen.memory, chosen.chunk), runs)}
+    return _compared(sizes, ways, call, chosen, runs)
 
 
 def _layer(
     batch: int, steps: int, dims: int, order: int, hidden: int, cell: str, coupled: bool, training: bool, runs: int
-) -> dict:
+) -> _Compared:
     feedback = {"hidden_to_memory": coupled, "memory_to_memory": coupled, "input_to_hidden": True}
     layer = LMU(dims, dims, order, 1.0 * steps, cell, hidden, return_sequences=True, **feedback)
     x = torch.randn(batch, steps, dims)
@@ -105,28 +122,34 @@ def _layer(
         ways.append(("convolved", 0))
     ways.append(("merged", 0))
     sizes = {"batch": batch, "steps": steps, "memory_d": dims, "order": order, "cell": cell, "hidden": hidden}
-    return {**sizes, "coupled": coupled, "training": training, **_compared(ways, call, (chosen.memory, chosen.chunk), runs)}
+    return _compared({**sizes, "coupled": coupled, "training": training}, ways, call, chosen, runs)
 
 
-def _compared(ways: list[tuple[str, int]], call, chosen: tuple[str, int], runs: int) -> dict:
-    """Median ms of each way, and what the chosen one takes in shares of the shortest."""
+def _compared(sizes: dict, ways: list[tuple[str, int]], call, plan: Plan, runs: int) -> _Compared:
+    """Runs each way in turn."""
+    chosen = (plan.memory, plan.chunk)
     if chosen not in ways:
         ways.append(chosen)
     for way in ways:
         call(*way)
-    times: dict = {way: [] for way in ways}
+    times: dict[str, list[float]] = {_name(way): [] for way in ways}
     for _ in range(runs):
         for way in ways:
-            times[way].append(timed(lambda way=way: call(*way), SHORT))
-    medians = {way: statistics.median(own) for way, own in times.items()}
-    names = {f"{memory} {chunk}" if chunk else memory: round(value, 4) for (memory, chunk), value in medians.items()}
-    name = f"{chosen[0]} {chosen[1]}" if chosen[1] else chosen[0]
-    return {"ms": names, "chosen": name, "cost": round(medians[chosen] / min(medians.values()), 3)}
+            times[_name(way)].append(timed(lambda way=way: call(*way), SHORT))
+    return _Compared(sizes, _name(chosen), times)
 
 
-def _report(found: list, one: dict) -> None:
-    found.append(one)
-    if one["cost"] > 1.15:
-        best = min(one["ms"], key=one["ms"].__getitem__)
-        sizes = {key: value for key, value in one.items() if key not in ("ms", "chosen", "cost")}
-        print(f"  {sizes}: took {one['chosen']}, {one['cost']:.2f} of {best}", flush=True)
+def _name(way: tuple[str, int]) -> str:
+    memory, chunk = way
+    return f"{memory} {chunk}" if chunk else memory
+
+
+def _report(passes: tuple[_Compared, ...]) -> dict:
+    """For one size the median ms of each way over all passes, and what the chosen one takes in shares of the shortest."""
+    sizes, chosen, ways = passes[0]
+    ms = {way: statistics.median(time for own in passes for time in own.ms[way]) for way in ways}
+    best = min(ms, key=ms.__getitem__)
+    cost = ms[chosen] / ms[best]
+    if cost > 1.15:
+        print(f"  {sizes}: took {chosen}, {cost:.2f} of {best}", flush=True)
+    return {**sizes, "ms": {way: round(time, 4) for way, time in ms.items()}, "chosen": chosen, "cost": round(cost, 3)}
