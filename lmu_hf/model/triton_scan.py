@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .folding import ChunkOperators
+from .gates import Pointwise
 from .time_loop import State, TimeLoop, with_zeros
 from .triton_held import held_backward_kernel, held_forward_kernel, held_sizes, holds, with_history
 from .triton_parts import ALIGNED, backward_sizes, block_sizes, memory_sizes, processors, rows_per_program, takes_memory
@@ -62,33 +63,42 @@ KINDS = ("tanh", "sigmoid", "relu", "linear", "lstm", "gru")
 
 
 class TritonScan(TimeLoop):
-    """:class:`scan.NaiveScan` for float32 tensors, with its loop in a kernel; no encoding, no memory in front of h."""
+    """:class:`scan.NaiveScan` for float32 tensors, with its loop in a kernel; no encoding, no memory in front of h.
+
+    Makes a :class:`HeldScan` of itself where the step matrix fits into registers.
+    """
 
     language = "triton"
+    kernels = forward_kernel, backward_kernel
+
+    def __new__(cls, cell: Pointwise, step: Tensor, chunk: int, dims: int, states: State, *_: Any, **__: Any) -> Any:
+        fits = holds(cell.kind, states[0].shape[1], dims, chunk)
+        held = fits and rows_per_program(len(states[0]), step, held=True) == 1
+        return super().__new__(HeldScan if held else cls)
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.batch, size = self.states[0].shape
         self.steps = self.kept[0].shape[1]
         self.past, self.recurrent = self.step.tensor_split([len(self.step) - size])  # of u ((C - 1) * D, W), of h (H, W)
-        of_step = (self.cell.kind, size, self.dims, self.chunk)
-        fits = holds(*of_step)
-        self.rows = rows_per_program(self.batch, self.step, held=fits)
-        self.held = fits and self.rows == 1
-        self.sizes = held_sizes(*of_step) if self.held else block_sizes(*of_step, self.rows)
         self.states = tuple(state.contiguous() for state in self.states)
         # An argument that a kind has no use for still has to be some pointer.
         hidden, *further = self.kept
         self.kept = (hidden, further[0] if self.cell.kind == "lstm" else hidden, self.kept[-1])
-        self.grid = (triton.cdiv(self.batch, self.rows), 1, 1)
         self.launches: dict[tuple, Any] = {}  # see _launch
         self.memory: dict[str, Any] = {}  # see of_memory
-        self.unfold: Tensor | None = None  # see feedback_backward
+        self.of_step = (self.cell.kind, size, self.dims, self.chunk)
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Says how many rows a program takes, and what the kernel is compiled with."""
+        self.rows = rows_per_program(self.batch, self.step, held=holds(*self.of_step))
+        self.sizes = block_sizes(*self.of_step, self.rows)
 
     def of_memory(self, operators: ChunkOperators) -> dict[str, Any]:
         """What a kernel of either direction takes to bring the memory from chunk to chunk; empty if it leaves that alone."""
         power, response = operators.advance
-        if not self.memory and not self.held and takes_memory(self.dims, power.shape[1]):
+        if not self.memory and takes_memory(self.dims, power.shape[1]):
             matrices = {"power": power.contiguous(), "response": response.contiguous(), "system": int(len(power) > 1)}
             self.memory = {**matrices, **memory_sizes(power.shape[1], self.rows)}
         return self.memory
@@ -96,15 +106,8 @@ class TritonScan(TimeLoop):
     @cached_property
     def forwards(self) -> dict[str, Tensor]:
         """The matrices as the kernel of this direction takes them."""
-        if self.held:
-            sizes = self.sizes
-            return {"matrix": with_history(self._with_u(self.step), self.dims, sizes["COLUMNS"], sizes["HISTORY"])}
         to_u = self.step[:, : self.dims].mT.contiguous()
         return {"to_u": to_u, "kernel": self._by_gate(self.past), "recurrent": self._by_gate(self.recurrent)}
-
-    def _with_u(self, step: Tensor) -> Tensor:
-        """The step matrix, with rows for the u of the step before even if a chunk of one step has none."""
-        return F.pad(step, (0, 0, self.dims, 0)) if self.chunk == 1 else step
 
     def forward(self, first: int, count: int, known: Tensor, u: Tensor) -> None:
         alone = {**dict.fromkeys(("memory", "after", "power", "response"), self.states[0]), "system": 0}
@@ -117,9 +120,8 @@ class TritonScan(TimeLoop):
         distances = {"known_row": known.stride(0), "known_step": known.stride(1), "u_row": places["u"].stride(0)}
         distances["memory_row"] = places["memory"].stride(0) if "memory" in places else 0
 
-        kernel = held_forward_kernel if self.held else forward_kernel
-        numbers = {"first": first, "count": count} | ({} if self.held else {"further": further})
-        self._launch(kernel, places, numbers, distances, lambda: {**self.forwards, **others})
+        numbers = {"first": first, "count": count, "further": further}
+        self._launch(self.kernels[0], places, numbers, distances, lambda: {**self.forwards, **others})
 
     def chunk_forward(
         self,
@@ -148,16 +150,15 @@ class TritonScan(TimeLoop):
     def start_backward(self, grads: State) -> None:
         self.grads = [grad.contiguous() for grad in with_zeros(grads, self.states)]
         self.carry = torch.zeros_like(self.states[0])
-        if self.held:
-            older, square = self._with_u(self.step).tensor_split([-self.step.shape[1]])
-            matrix = torch.cat([square, older]).mT
-            self.backwards = {"square": F.pad(matrix, (0, self.sizes["COLUMNS"] - matrix.shape[1])).contiguous()}
-            return
+        self.backwards = self.set_up_backward()
+
+    def set_up_backward(self) -> dict[str, Tensor]:
+        """Returns the matrices as the kernel of this direction takes them, and changes what it is compiled with."""
         self.sizes = backward_sizes(self.sizes)
         by_lag = self.past.unflatten(0, (-1, self.dims)) if self.dims else self.past.unsqueeze(1)
         lags = by_lag.flip(0).transpose(0, 1).contiguous()
         self.carried = self.carry.new_zeros(2, *self.carry.shape)
-        self.backwards = {"lags": lags, "transposed": _filled_up(self.recurrent.mT), "carried": self.carried}
+        return {"lags": lags, "transposed": _filled_up(self.recurrent.mT), "carried": self.carried}
 
     def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
         alone = {**dict.fromkeys(("after", "arrived", "power", "response"), self.states[0]), "system": 0}
@@ -174,8 +175,20 @@ class TritonScan(TimeLoop):
             of_state = {"grads": self.grads[0], "grads_cell": self.grads[-1], "carry": self.carry}
             return {**self.backwards, **of_state, **others}
 
-        kernel = held_backward_kernel if self.held else backward_kernel
-        self._launch(kernel, places, {"first": first, "count": count}, distances, constants)
+        self._launch(self.kernels[1], places, {"first": first, "count": count}, distances, constants)
+
+    def chunk_backward(
+        self, first: int, grad_u: Tensor, grad_sums: Tensor, after: Tensor, place: Tensor, operators: ChunkOperators
+    ) -> Tensor:
+        of_memory = self.of_memory(operators)
+        if not of_memory:
+            return super().chunk_backward(first, grad_u, grad_sums, after, place, operators)
+        places = {"grad_u": grad_u, "grad_sums": grad_sums, "after": after, "arrived": place}
+        self._backward(first, min(self.chunk, self.steps - first), places, of_memory)
+        return place
+
+    def initial_gradients(self) -> State:
+        return (self.carry,) if len(self.states) == 1 else (self.carry, self.carried[0])
 
     def _launch(
         self,
@@ -194,7 +207,7 @@ class TritonScan(TimeLoop):
         Args:
             kernel: one of either direction.
             places: tensors by name that change from launch to launch. What is compiled depends on how they are aligned.
-            numbers: what else changes, and does not matter to the compiler.
+            numbers: what else changes, and does not matter to the compiler; a kernel may have no use for some.
             distances: between rows and steps.
             constants: gives all that is the same for each launch with these ``places``.
         """
@@ -202,52 +215,48 @@ class TritonScan(TimeLoop):
         with _on(self.states[0]):
             if found := self.launches.get(key):
                 launch, arguments, positions = found
-                arguments = arguments.copy()
-                for position, value in zip(positions, (*places.values(), *numbers.values()), strict=True):
-                    arguments[position] = value
+                arguments, values = arguments.copy(), {**places, **numbers}
+                for name, position in positions:
+                    arguments[position] = values[name]
                 launch(*arguments)
                 return
             names = ("hidden", "cell", "gates", "initial", "initial_cell", "batch", "steps")
-            values = (*self.kept, self.states[0], self.states[-1], self.batch, self.steps)
-            others = dict(zip(names, values, strict=True))
+            of_all = (*self.kept, self.states[0], self.states[-1], self.batch, self.steps)
+            others = dict(zip(names, of_all, strict=True))
+            grid = (triton.cdiv(self.batch, self.rows), 1, 1)
             named = taken(kernel, {**self.sizes, **constants(), **others, **places, **numbers, **distances})
-            compiled = kernel[self.grid](**named)
+            compiled = kernel[grid](**named)
             if _TAKES_ALL and compiled is not None:  # there is none under the interpreter
                 arguments = [named[name] for name in kernel.arg_names]
-                positions = [kernel.arg_names.index(name) for name in (*places, *numbers)]
-                self.launches[key] = compiled[self.grid], arguments, positions
+                positions = [(name, kernel.arg_names.index(name)) for name in (*places, *numbers) if name in named]
+                self.launches[key] = compiled[grid], arguments, positions
 
-    def chunk_backward(
-        self, first: int, grad_u: Tensor, grad_sums: Tensor, after: Tensor, place: Tensor, operators: ChunkOperators
-    ) -> Tensor:
-        of_memory = self.of_memory(operators)
-        if not of_memory:
-            return super().chunk_backward(first, grad_u, grad_sums, after, place, operators)
-        places = {"grad_u": grad_u, "grad_sums": grad_sums, "after": after, "arrived": place}
-        self._backward(first, min(self.chunk, self.steps - first), places, of_memory)
-        return place
 
-    def _at_once(self, operators: ChunkOperators) -> bool:
-        """Whether all chunks of a segment go in one launch."""
-        takes = self.held and takes_memory(self.dims, operators.advance[0].shape[1])
-        return takes and self.batch <= _ROUNDS * processors(self.step)
+class HeldScan(TritonScan):
+    """A loop whose step matrix stays in registers, and whose segments are one launch each while their rows are not many."""
 
-    def _launch_segment(
-        self, kernel: Any, sizes: dict[str, Any], tiles: int, operators: ChunkOperators, named: dict[str, Any]
-    ) -> None:
-        """Launches a kernel of a segment: as many programs as there is work for, and as can run at once."""
-        power, response = (matrix.contiguous() for matrix in operators.advance)
-        named |= {"power": power, "response": response, "system": int(len(power) > 1)}
-        named |= {"hidden": self.kept[0], "batch": self.batch, "steps": self.steps}
-        named["counter"] = torch.zeros(1, dtype=torch.int32, device=power.device)
-        together = {"launch_cooperative_grid": True} if power.is_cuda else {}  # which the interpreter does not know
-        programs = min(processors(power), max(self.batch, tiles))
-        with _on(power):
-            kernel[(programs, 1, 1)](**taken(kernel, {**sizes, **named}), **together)
+    kernels = held_forward_kernel, held_backward_kernel
 
-    def _segment_sizes(self, operators: ChunkOperators) -> dict[str, Any]:
-        order = operators.advance[0].shape[1]
-        return segment_sizes(self.cell.kind, self.states[0].shape[1], self.dims, self.chunk, order, self.batch)
+    def set_up(self) -> None:
+        self.rows, self.sizes = 1, held_sizes(*self.of_step)
+        self.unfold: Tensor | None = None  # see feedback_backward
+
+    def of_memory(self, operators: ChunkOperators) -> dict[str, Any]:
+        return {}
+
+    @cached_property
+    def forwards(self) -> dict[str, Tensor]:
+        matrix = with_history(self._with_u(self.step), self.dims, self.sizes["COLUMNS"], self.sizes["HISTORY"])
+        return {"matrix": matrix}
+
+    def set_up_backward(self) -> dict[str, Tensor]:
+        older, square = self._with_u(self.step).tensor_split([-self.step.shape[1]])
+        matrix = torch.cat([square, older]).mT
+        return {"square": F.pad(matrix, (0, self.sizes["COLUMNS"] - matrix.shape[1])).contiguous()}
+
+    def _with_u(self, step: Tensor) -> Tensor:
+        """The step matrix, with rows for the u of the step before even if a chunk of one step has none."""
+        return F.pad(step, (0, 0, self.dims, 0)) if self.chunk == 1 else step
 
     def feedback_forward(
         self, first: int, known: Tensor, u: Tensor, starts: Tensor, memory: Tensor, operators: ChunkOperators
@@ -295,8 +304,26 @@ class TritonScan(TimeLoop):
         named["grad_starts_row"] = from_elsewhere.stride(0)
         self._launch_segment(segment_backward_kernel, sizes, tiles, operators, named)
 
-    def initial_gradients(self) -> State:
-        return (self.carry,) if len(self.states) == 1 else (self.carry, self.carried[0])
+    def _at_once(self, operators: ChunkOperators) -> bool:
+        """Whether all chunks of a segment go in one launch."""
+        takes = takes_memory(self.dims, operators.advance[0].shape[1])
+        return takes and self.batch <= _ROUNDS * processors(self.step)
+
+    def _segment_sizes(self, operators: ChunkOperators) -> dict[str, Any]:
+        return segment_sizes(*self.of_step, operators.advance[0].shape[1], self.batch)
+
+    def _launch_segment(
+        self, kernel: Any, sizes: dict[str, Any], tiles: int, operators: ChunkOperators, named: dict[str, Any]
+    ) -> None:
+        """Launches a kernel of a segment: as many programs as there is work for, and as can run at once."""
+        power, response = (matrix.contiguous() for matrix in operators.advance)
+        named |= {"power": power, "response": response, "system": int(len(power) > 1)}
+        named |= {"hidden": self.kept[0], "batch": self.batch, "steps": self.steps}
+        named["counter"] = torch.zeros(1, dtype=torch.int32, device=power.device)
+        together = {"launch_cooperative_grid": True} if power.is_cuda else {}  # which the interpreter does not know
+        programs = min(processors(power), max(self.batch, tiles))
+        with _on(power):
+            kernel[(programs, 1, 1)](**taken(kernel, {**sizes, **named}), **together)
 
 
 def taken(kernel: Any, values: dict[str, Any]) -> dict[str, Any]:

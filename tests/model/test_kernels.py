@@ -154,14 +154,13 @@ def interpreted(runs, *case, rows):
     from lmu_hf.model import triton_scan
 
     triton_scan.rows_per_program = lambda batch, like, held: rows
-    names = [prefix + way for way in ("forward_kernel", "backward_kernel") for prefix in ("", "held_")]
-    kernels = {name: Kept(getattr(triton_scan, name)) for name in names}
+    loops = (triton_scan.TritonScan, triton_scan.HeldScan)
+    kept = [tuple(map(Kept, loop.kernels)) for loop in loops]
     with pytest.MonkeyPatch.context() as patch:
-        for name, kernel in kernels.items():
-            patch.setattr(triton_scan, name, kernel)
+        for loop, kernels in zip(loops, kept, strict=True):
+            patch.setattr(loop, "kernels", kernels)
         results = runs(triton_scan.TritonScan, *case)
-    in_order = [kernel.in_order for kernel in kernels.values()]
-    return results, [sum(in_order[:2]), sum(in_order[2:])]
+    return results, [sum(kernel.in_order for kernel in way) for way in zip(*kept, strict=True)]
 
 
 def interpreted_layer(arguments, autocast, weights, x, lengths):
