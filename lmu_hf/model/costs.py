@@ -272,12 +272,12 @@ _MERGED = (
     _Merged(1.86e6, 745, 0.0612, 1.44, 27.6, 0.0495),
 )
 
-# Loops in Python were measured with a backward pass only.
+# Those of loops in Python, measured with a backward pass only.
 _FOLDED_IN_PYTHON = _InChunks(2.13e6, 80.5e3, 750, 0.03, 5.5, 0.0, 9.5)
 _WRITTEN_IN_PYTHON = _InChunks(1.71e6, 83.7e3, 755, 0.0275, 5.6, 0.0, 0.136)
-# What a step of the look-ahead recurrence takes there, beyond that of the merged one: more calls. A cell alone has fewer than
-# either.
-_PYTHON_STEP = 50e3
+# What a step of the look-ahead recurrence takes there beyond that of the merged one, without and with a backward pass: more calls.
+# A cell alone has fewer than either.
+_PYTHON_STEP = (22e3, 50e3)
 
 # Numbers of a matrix that stay in the cache next to the processor; what more there is, is read anew in each step.
 _NEAR = 1e5
@@ -396,5 +396,5 @@ def recurrence_algorithm(
         costs = {way: first + cost for way, cost in own.items()}
     if measured and merges and (compiled or hidden_to_memory):
         merged = merged_cost(sizes, training=training, feedback=hidden_to_memory)
-        costs["merged", 0] = merged - (0 if compiled else sizes.steps * _PYTHON_STEP)
+        costs["merged", 0] = merged - (0 if compiled else sizes.steps * _PYTHON_STEP[training])
     return min(costs, key=costs.__getitem__)
