@@ -275,8 +275,8 @@ _MERGED = (
 # Those of loops in Python, measured with a backward pass only.
 _FOLDED_IN_PYTHON = _InChunks(2.13e6, 80.5e3, 750, 0.03, 5.5, 0.0, 9.5)
 _WRITTEN_IN_PYTHON = _InChunks(1.71e6, 83.7e3, 755, 0.0275, 5.6, 0.0, 0.136)
-# What a step of the look-ahead recurrence takes there beyond that of the merged one, without and with a backward pass: more calls.
-# A cell alone has fewer than either.
+# What a step of the look-ahead recurrence takes there beyond that of the merged one, without and with a backward pass: more
+# calls. A cell alone has fewer than either.
 _PYTHON_STEP = (22e3, 50e3)
 
 # Numbers of a matrix that stay in the cache next to the processor; what more there is, is read anew in each step.
