@@ -196,7 +196,7 @@ def test_the_memory_of_a_stream_is_kept_in_float32(theta, as_on_cuda, python_loo
     new()
     with Products() as products:
         stream(torch.randn(4, 3))
-    # [m, x, h] -> gates and u; [u, m] -> m'.
-    of_u, of_memory = (2 * order + 3 + 5, 5 + 2), (2 + 2 * order, 2 * order)
+    # [m, x, 1, h] -> gates and u; [u, m] -> m'.
+    of_u, of_memory = (2 * order + 3 + 1 + 5, 5 + 2), (2 + 2 * order, 2 * order)
     settings = [setting for setting, shapes in products.found if shapes[-1] in (of_u, of_memory)]
     assert settings == ["ieee", "ieee"]
