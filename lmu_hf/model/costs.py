@@ -214,7 +214,8 @@ class _LookAhead(NamedTuple):
 class _InChunks(NamedTuple):
     """Nanoseconds of a cell behind a memory that is known in advance, in chunks: per call, chunk and step, per multiply-add, per
     number, per number of a matrix that is read anew in each step, per multiply-add that makes a chunk's operators, or number of
-    one that each step reads, and what each of these takes more where they leave the cache."""
+    one that each step reads, and what each of these takes more where they leave the cache; per u, and per number of the memory at
+    the start of a chunk."""
 
     call: float
     chunk: float
@@ -224,6 +225,8 @@ class _InChunks(NamedTuple):
     reading: float
     operator: float
     large: float = 0.0
+    signal: float = 0.0
+    start: float = 0.0
 
 
 class _Convolved(NamedTuple):
@@ -239,7 +242,7 @@ class _Convolved(NamedTuple):
 
 class _Merged(NamedTuple):
     """Nanoseconds of one product a step: per call and step, per multiply-add and per number; per number of the matrix once, and
-    in each step where it is read anew. ``alone`` is what a run without feedback takes, in shares of one with it."""
+    in each step where it is read anew."""
 
     call: float
     step: float
@@ -247,7 +250,6 @@ class _Merged(NamedTuple):
     number: float
     building: float
     reading: float
-    alone: float = 0.9
 
 
 # Without and with a backward pass.
@@ -271,9 +273,11 @@ _MERGED = (
     _Merged(1.01e6, 228, 0.0222, 0.835, 9.63, 0.0348),
     _Merged(1.86e6, 745, 0.0612, 1.44, 27.6, 0.0495),
 )
+# What a merged run without feedback takes, in shares of one with it.
+_MERGED_ALONE = 0.9
 
 # Those of loops in Python, measured with a backward pass only.
-_FOLDED_IN_PYTHON = _InChunks(2.13e6, 80.5e3, 750, 0.03, 5.5, 0.0, 9.5)
+_FOLDED_IN_PYTHON = _InChunks(2.13e6, 80.5e3, 750, 0.03, 5.5, 0.0, 9.5, 0.0, 19.2, 34.4)
 _WRITTEN_IN_PYTHON = _InChunks(1.71e6, 83.7e3, 755, 0.0275, 5.6, 0.0, 0.136)
 # What a step of the look-ahead recurrence takes there beyond that of the merged one, without and with a backward pass: more
 # calls. A cell alone has fewer than either.
@@ -318,8 +322,7 @@ def uncoupled_costs(
         chunks = -(-steps // size)
         work = folded.product * rows * (recurrent + dims * (size * gates + order * gates + order * order / size))
         work += folded.number * rows * (gates + hidden) + folded.reading * steps * max(recurrent + flat * gates - _NEAR, 0)
-        if not compiled:
-            work += rows * (19.2 * dims + 34.4 * flat / size)
+        work += rows * (folded.signal * dims + folded.start * flat / size)
         operators = size * dims * gates * (order + size)
         work += folded.operator * operators + folded.large * max(operators - 1e6, 0)
         costs["folded", size] = folded.call + folded.chunk * chunks + folded.step * steps + work
@@ -346,7 +349,7 @@ def merged_cost(sizes: Recurrence, *, training: bool, feedback: bool) -> float:
     matrix = (linear + hidden) * (linear + gates)
     numbers = own.number * (linear + hidden + gates)
     once = own.call + own.step * steps + own.building * matrix + own.reading * steps * max(matrix - _NEAR, 0)
-    return (once + rows * (own.product * matrix + numbers)) * (1 if feedback else own.alone)
+    return (once + rows * (own.product * matrix + numbers)) * (1 if feedback else _MERGED_ALONE)
 
 
 def lookahead_chunk(sizes: Recurrence, *, training: bool, measured: bool) -> int:

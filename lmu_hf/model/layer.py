@@ -316,6 +316,7 @@ class LMU(nn.Module):
         system = cell.system()
         one_by_one = self.algorithm == "naive" or (self.algorithm == "auto" and x.shape[1] == 1)
         weights = None if one_by_one else gate_weights(cell.hidden_cell)
+        trains_memory = wants_gradient(x, state.memory, *cell.parameters(recurse=False))
         plan = make_plan(
             cell,
             self.algorithm,
@@ -324,8 +325,8 @@ class LMU(nn.Module):
             weights,
             dropout,
             return_sequences=return_sequences,
-            training=wants_gradient(x, *state.tensors(), *cell.parameters()),
-            trains_memory=wants_gradient(x, state.memory, *cell.parameters(recurse=False)),
+            training=trains_memory or wants_gradient(*state.tensors(), *cell.parameters()),
+            trains_memory=trains_memory,
             like=x,
             at_rest=at_rest,
         )
@@ -342,7 +343,7 @@ class LMU(nn.Module):
             return lookahead_recurrence(cell, weights, x, state, lengths, system, dropout, plan.chunk, **wanted)
         last = plan.memory == "final" and at_rest and encodes_last(cell, system)
         if cell.memory_to_memory:
-            u = lookahead_input(cell, x, state.memory, system, dropout)
+            u = lookahead_input(cell, x, state.memory, system, dropout, training=trains_memory)
         else:
             u = x if last else cell.encode(x, dropout=dropout)
         if plan.memory == "convolved":

@@ -39,7 +39,7 @@ from .folding import (
 )
 from .gates import GateWeights, Pointwise
 from .legendre import DelaySystem
-from .memory import linear_memory, measured, wants_gradient
+from .memory import linear_memory, measured
 from .ragged import blank, last_valid, where_started
 from .recurrent_scan import recurrent_scan
 from .state import Dropout, LMUState
@@ -75,12 +75,14 @@ def lookahead_recurrence(
         return output, _state(u, starts, sequences, state, lengths, system) if return_state else None
 
 
-def lookahead_input(cell: LMUCell, x: Tensor, memory: Tensor, system: DelaySystem, dropout: Dropout) -> Tensor:
-    """The memory's input u (B, T, D) of an LMU with ``memory_to_memory`` only, for which no hidden state is needed."""
+def lookahead_input(
+    cell: LMUCell, x: Tensor, memory: Tensor, system: DelaySystem, dropout: Dropout, *, training: bool
+) -> Tensor:
+    """The memory's input u (B, T, D) of an LMU with ``memory_to_memory`` only, for which no hidden state is needed; ``training``
+    says that its gradient is wanted."""
     empty = x.new_zeros(0, 0)
     weights = GateWeights("linear", x.new_zeros(cell.memory_d * cell.order, 0), empty, None)
     sizes = Recurrence(x.shape[0], x.shape[1], cell.memory_d, cell.order, 0, 0)
-    training = wants_gradient(x, memory, *cell.parameters(recurse=False))
     chunk = lookahead_chunk(sizes, training=training, measured=measured(x))
     with torch.autocast(x.device.type, enabled=False):
         u, *_ = _run(cell, x, memory, (x.new_zeros(x.shape[0], 0),), weights, system, dropout, chunk)

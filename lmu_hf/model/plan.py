@@ -101,8 +101,7 @@ def make_plan(
     if algorithm == "merged" and u_first:
         raise _refusal("merged", "encoder_act or the dropout of what is fed back asks for u before the gates", "lookahead")
     if weights is not None and (cell.hidden_to_memory or recurrent) and algorithm in ("auto", "lookahead", "merged"):
-        how = {"training": training, "u_first": u_first, "at_rest": at_rest}
-        return _recurrence(cell, algorithm, batch, steps, weights, like, **how)
+        return _recurrence(cell, algorithm, batch, steps, weights, like, training=training, u_first=u_first, at_rest=at_rest)
     if algorithm == "merged":
         raise _refusal("merged", "its hidden cell has no form as affine gates", "naive")
     because = _INPUT_FIRST if cell.memory_to_memory else _INPUT_KNOWN

@@ -248,13 +248,13 @@ class LMUStepper:
         cell = self.cell
         of_input, of_hidden, of_memory = encoder.tensor_split([cell.input_size, cell.encoder_size])
         end = cell.memory_d * cell.order + cell.input_size + 1 + len(of_hidden)
-        matrix = torch.cat([of_memory, of_input, _row(bias, encoder), of_hidden])
+        matrix = torch.cat([of_memory, of_input, _bias_row(bias, encoder), of_hidden])
         return matrix, slice(end - len(matrix), end)
 
     def _to_gates(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """K for [m, x, 1, h]."""
         before, of_hidden = weight.tensor_split([len(weight) - self.cell.state_sizes[0]])
-        return torch.cat([before, _row(bias, weight), of_hidden])
+        return torch.cat([before, _bias_row(bias, weight), of_hidden])
 
 
 class _Row(NamedTuple):
@@ -287,7 +287,7 @@ class _Row(NamedTuple):
         return cls(gates, u, memory, sample, hidden, *(parts if len(like) > 1 else (part[0] for part in parts)))
 
 
-def _row(bias: Tensor | None, like: Tensor) -> Tensor:
+def _bias_row(bias: Tensor | None, like: Tensor) -> Tensor:
     """A bias (W,) as the row of a matrix (K, W) that is multiplied by one."""
     return like.new_zeros(1, like.shape[1]) if bias is None else bias[None]
 

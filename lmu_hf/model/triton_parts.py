@@ -300,10 +300,10 @@ def backward_sizes(sizes: dict[str, Any]) -> dict[str, Any]:
     return {**sizes, "BLOCK_K": 16, "UNROLL": 4}
 
 
-def rows_per_program(batch: int, like: Tensor, *, held: bool = False) -> int:
+def rows_per_program(batch: int, like: Tensor) -> int:
     """One, two or four: the fewest that leave no program waiting for a processor, each of which has registers for one of them;
-    with so many rows that all leave some, four. One where the matrix is ``held``, however long the rows wait for each other."""
-    return 1 if held else next((rows for rows in (1, 2) if batch <= rows * processors(like)), 4)
+    with so many rows that all leave some, four."""
+    return next((rows for rows in (1, 2) if batch <= rows * processors(like)), 4)
 
 
 def processors(like: Tensor) -> int:

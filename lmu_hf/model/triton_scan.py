@@ -72,28 +72,27 @@ class TritonScan(TimeLoop):
     kernels = forward_kernel, backward_kernel
 
     def __new__(cls, cell: Pointwise, step: Tensor, chunk: int, dims: int, states: State, *_: Any, **__: Any) -> Any:
-        fits = holds(cell.kind, states[0].shape[1], dims, chunk)
-        held = fits and rows_per_program(len(states[0]), step, held=True) == 1
-        return super().__new__(HeldScan if held else cls)
+        return super().__new__(HeldScan if holds(cell.kind, states[0].shape[1], dims, chunk) else cls)
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.batch, size = self.states[0].shape
         self.steps = self.kept[0].shape[1]
-        self.past, self.recurrent = self.step.tensor_split([len(self.step) - size])  # of u ((C - 1) * D, W), of h (H, W)
         self.states = tuple(state.contiguous() for state in self.states)
         # An argument that a kind has no use for still has to be some pointer.
         hidden, *further = self.kept
         self.kept = (hidden, further[0] if self.cell.kind == "lstm" else hidden, self.kept[-1])
         self.launches: dict[tuple, Any] = {}  # see _launch
-        self.memory: dict[str, Any] = {}  # see of_memory
         self.of_step = (self.cell.kind, size, self.dims, self.chunk)
         self.set_up()
 
     def set_up(self) -> None:
         """Says how many rows a program takes, and what the kernel is compiled with."""
-        self.rows = rows_per_program(self.batch, self.step, held=holds(*self.of_step))
+        self.rows = rows_per_program(self.batch, self.step)
         self.sizes = block_sizes(*self.of_step, self.rows)
+        # Of u ((C - 1) * D, W), and of h (H, W).
+        self.past, self.recurrent = self.step.tensor_split([len(self.step) - self.states[0].shape[1]])
+        self.memory: dict[str, Any] = {}  # see of_memory
 
     def of_memory(self, operators: ChunkOperators) -> dict[str, Any]:
         """What a kernel of either direction takes to bring the memory from chunk to chunk; empty if it leaves that alone."""
@@ -233,7 +232,8 @@ class TritonScan(TimeLoop):
 
 
 class HeldScan(TritonScan):
-    """A loop whose step matrix stays in registers, and whose segments are one launch each while their rows are not many."""
+    """A loop whose step matrix stays in registers, one row to a program however long the rows wait for each other, and whose
+    segments are one launch each while the rows are not many."""
 
     kernels = held_forward_kernel, held_backward_kernel
 

@@ -56,12 +56,12 @@ def run(*, runs: int, names: list[str] | None = None, **_) -> dict:
     """Walks both grids, forward and with backward: list of sizes, ms of each way, the choice and what it costs."""
     torch.manual_seed(0)
     walks: dict[str, list[list[_Compared]]] = {name: [] for name in names or ("memories", "layers")}
-    ways, own = (False, True), -(-runs // PASSES)
+    both, own = (False, True), -(-runs // PASSES)
     for number in range(PASSES):
         if "memories" in walks:
-            walks["memories"].append([_memory(*sizes, training, own) for training in ways for sizes in MEMORIES])
+            walks["memories"].append([_memory(*sizes, training, own) for training in both for sizes in MEMORIES])
         if "layers" in walks:
-            layers = itertools.product(ways, LAYERS, ways)
+            layers = itertools.product(both, LAYERS, both)
             walks["layers"].append([_layer(*sizes, coupled, training, own) for training, sizes, coupled in layers])
         print(f"  walked {number + 1} of {PASSES} times", flush=True)
     report = {}

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_kernels import CASES, FEEDBACK, TRITON, close, named, run, run_feedback
+from test_kernels import CASES, FEEDBACK, TRITON, close, force_rows, named, run, run_feedback
 from torch import nn
 
 from lmu_hf import LMU, LMUConfig, LMUForCausalLM, LMUForSequenceClassification
@@ -53,7 +53,7 @@ def test_kernels_equal_the_naive_scan(runs, case, monkeypatch):
     from lmu_hf.model import triton_scan
 
     *case, rows = case
-    monkeypatch.setattr(triton_scan, "rows_per_program", lambda batch, like, held: rows)
+    force_rows(monkeypatch, rows)
     with torch.device("cuda"):
         results = runs(triton_scan.TritonScan, *case)
         for ours, naive in zip(results, runs(NaiveScan, *case), strict=True):

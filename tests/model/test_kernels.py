@@ -149,14 +149,23 @@ class Kept:
         return launch
 
 
+def force_rows(patch, rows):
+    """So many rows to each program, for whose sake alone no matrix is held."""
+    from lmu_hf.model import triton_scan
+
+    patch.setattr(triton_scan, "rows_per_program", lambda batch, like: rows)
+    if rows > 1:
+        patch.setattr(triton_scan, "holds", lambda *of_step: False)
+
+
 def interpreted(runs, *case, rows):
     """Results, and how many launches in either direction took what was kept of the ones before."""
     from lmu_hf.model import triton_scan
 
-    triton_scan.rows_per_program = lambda batch, like, held: rows
     loops = (triton_scan.TritonScan, triton_scan.HeldScan)
     kept = [tuple(map(Kept, loop.kernels)) for loop in loops]
     with pytest.MonkeyPatch.context() as patch:
+        force_rows(patch, rows)
         for loop, kernels in zip(loops, kept, strict=True):
             patch.setattr(loop, "kernels", kernels)
         results = runs(triton_scan.TritonScan, *case)
@@ -297,10 +306,11 @@ def test_pointwise_functions_to_the_last_digits(interpreter):
 def pointwise(kind, x):
     from lmu_hf.model import triton_scan
 
-    triton_scan.rows_per_program = lambda batch, like, held: 4
     states = (torch.zeros(len(x) // 16, 16),)
     kept = Pointwise(kind).allocate(states, 1)
-    scan = triton_scan.TritonScan(Pointwise(kind), torch.zeros(16, 16), 1, 0, states, kept)
+    with pytest.MonkeyPatch.context() as patch:
+        force_rows(patch, 4)
+        scan = triton_scan.TritonScan(Pointwise(kind), torch.zeros(16, 16), 1, 0, states, kept)
     scan.forward(0, 1, x.view(-1, 1, 16), torch.empty(len(x) // 16, 1, 0))
     return kept[0].flatten().double()
 
