@@ -169,7 +169,7 @@ def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengt
     if (inputs.shape[1] < MANY_ROWS or starts_at_once(inputs)) and not operator.requires_grad:
         states = _ChunksAtOnce.apply(inputs, memory, operator, size)
     else:
-        window, begun = None, min(steps, system.order) // size
+        window, begun = None, -(-min(steps, system.order) // size)
         if memory is None and not operator.requires_grad:
             own = operator[:, system.order :]
             window = system.window_operator(size, begun, u.dtype, u.device) if begun > 1 else own

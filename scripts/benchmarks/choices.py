@@ -93,7 +93,7 @@ def _memory(rows: int, steps: int, order: int, training: bool, runs: int) -> _Co
         if training:
             states.backward(torch.ones_like(states))
 
-    ways = [("fft", 0), *(("chunked", size) for size in CHUNKS[2:] if size <= max(steps, 4))]
+    ways = [("fft", 0), *(("chunked", size) for size in CHUNKS[2:] if size < 2 * max(steps, 4))]
     if order <= 32:
         ways.append(("scan", 0))
     sizes = {"rows": rows, "steps": steps, "order": order, "training": training}
