@@ -1,8 +1,9 @@
 """What the algorithms cost: the models by which ``auto`` chooses.
 
 Nanoseconds of a forward pass, or of forward and backward, on a CPU. The forms follow from the algorithms; the factors were fitted
-to measurements on two cores of a server processor. Only their ratios matter, and these are alike on other processors. On other
-devices than CPUs, and in traced graphs, which serve many sizes, the choices are reasoned, not measured.
+to measurements on two cores each of two server processors, with vectors of 256 and of 512 bits. Only their ratios matter, and
+these are alike on other processors. On other devices than CPUs, and in traced graphs, which serve many sizes, the choices are
+reasoned, not measured.
 """
 
 import math
@@ -254,25 +255,31 @@ class _Merged(NamedTuple):
 
 # Without and with a backward pass.
 _LOOK_AHEAD = (
-    _LookAhead(2.07e6, 2.11e3, 0.0261, 0.01, 0.0085, 0.879, 0.146, 1.59, 0.114, 4.11),
-    _LookAhead(4.78e6, 7.04e3, 0.0678, 0.0222, 0.0336, 3.11, 0.314, 4.41, 0.128, 9.03),
+    _LookAhead(1.73e6, 2.24e3, 0.0177, 0.0045, 0.00875, 0.792, 0.147, 2.6, 0.0892, 9.04),
+    _LookAhead(4.6e6, 4.88e3, 0.06, 0.0136, 0.0298, 2.3, 0.313, 6.76, 0.176, 16.8),
 )
 _FOLDED = (
-    _InChunks(1.3e6, 68.7e3, 213, 0.0264, 1.11, 0.0651, 2.06),
-    _InChunks(3.91e6, 114e3, 554, 0.0706, 3.24, 0.09, 4.91, 1.19),
+    _InChunks(1.52e6, 71.5e3, 213, 0.0237, 0.971, 0.0651, 4.22),
+    _InChunks(3.68e6, 172e3, 560, 0.0704, 3.17, 0.09, 8.53, 1.19),
 )
 _WRITTEN = (
-    _InChunks(1.3e6, 71.5e3, 89.5, 0.0204, 1.47, 0.0994, 0.0823),
-    _InChunks(3.65e6, 115e3, 0.0, 0.0542, 4.43, 0.192, 0.137),
+    _InChunks(1.33e6, 59.3e3, 90.1, 0.0276, 1.37, 0.0994, 0.0538, 0.0, 2.25),
+    _InChunks(3.92e6, 91e3, 0.0, 0.0704, 4.82, 0.0864, 0.116, 0.0, 6.75),
 )
 _CONVOLVED = (
-    _Convolved(_Transforms(1.13e6, 0.249, 2.04, 0.0, 0.353, 0.473, 0.0), 0.00755, 0.0, 0.0179, 0.0901),
-    _Convolved(_Transforms(2.63e6, 0.594, 3.94, 0.86, 1.12, 1.45, 0.0), 0.01, 0.38, 0.053, 0.175),
+    _Convolved(_Transforms(1.03e6, 0.241, 1.1, 0.0, 0.414, 0.473, 0.0), 0.00757, 0.0, 0.00805, 0.0901),
+    _Convolved(_Transforms(2.68e6, 0.629, 4.5, 0.86, 1.44, 2.15, 0.0), 0.01, 0.38, 0.0321, 0.175),
 )
 _MERGED = (
-    _Merged(1.01e6, 228, 0.0222, 0.835, 9.63, 0.0348),
-    _Merged(1.86e6, 745, 0.0612, 1.44, 27.6, 0.0495),
+    _Merged(794e3, 228, 0.0196, 0.397, 9.56, 0.0766),
+    _Merged(1.4e6, 1.64e3, 0.0627, 0.864, 27.0, 0.109),
 )
+# The same where vectors have 512 bits, which make more of the loop's own products than of the others.
+_MERGED_WIDE = (
+    _Merged(718e3, 691, 0.0133, 0.763, 7.19, 0.147),
+    _Merged(551e3, 2.84e3, 0.0402, 2.35, 28.3, 0.137),
+)
+_WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
 # What a merged run without feedback takes, in shares of one with it.
 _MERGED_ALONE = 0.9
 
@@ -331,7 +338,7 @@ def uncoupled_costs(
         work = written.product * rows * (recurrent + flat * (each + gates)) + written.number * rows * (gates + hidden + flat)
         # With few rows, reading the chunk's operator costs more than multiplying with it.
         work += written.operator * (0 if step_by_step else steps * (size + order) * order)
-        work += written.reading * steps * max(recurrent - _NEAR, 0)
+        work += written.reading * steps * max(recurrent - _NEAR, 0) + written.signal * rows * dims
         costs["written", size] = written.call + written.chunk * chunks + written.step * steps + work
     if compiled and at_rest:
         own = _CONVOLVED[training]
@@ -345,7 +352,7 @@ def uncoupled_costs(
 def merged_cost(sizes: Recurrence, *, training: bool, feedback: bool) -> float:
     """What :func:`merged_recurrence` takes, without or with a backward pass, in nanoseconds."""
     batch, steps, dims, order, hidden, gates = sizes
-    own, linear, rows = _MERGED[training], dims * order, batch * steps
+    own, linear, rows = (_MERGED_WIDE if _WIDE else _MERGED)[training], dims * order, batch * steps
     matrix = (linear + hidden) * (linear + gates)
     numbers = own.number * (linear + hidden + gates)
     once = own.call + own.step * steps + own.building * matrix + own.reading * steps * max(matrix - _NEAR, 0)

@@ -223,12 +223,12 @@ Factors<T> normalizing(const Sequence<T>& rows, int64_t begin, int64_t end, int6
 template <typename T>
 void pack(
     const Transform<T>& transform, const Sequence<T>& u, int64_t begin, int64_t end, int64_t steps, const std::vector<T>& factors,
-    std::vector<T>& signals) {
+    Buffer<T>& signals) {
   constexpr int64_t POINT = Transform<T>::POINT;
   const int64_t dims = u.features, pairs = parts(end - begin, 2), size = transform.size;
   signals.resize(pairs * dims * size * 2);
   at::parallel_for(0, dims * parts(pairs, LANES<T>), 1, [&](int64_t from, int64_t to) {
-    std::vector<T> points(size * POINT);
+    Buffer<T> points(size * POINT);
     for (int64_t index = from; index < to; ++index) {
       const int64_t dim = index % dims, first = index / dims * LANES<T>, count = std::min(LANES<T>, pairs - first);
       std::fill(points.begin(), points.end(), T(0));
@@ -248,12 +248,12 @@ void pack(
 // The way back: to rows of u, times factors.
 template <typename T>
 void unpack(
-    const Transform<T>& transform, const std::vector<T>& signals, const std::vector<T>& factors, const Sequence<T>& u, int64_t begin,
+    const Transform<T>& transform, const Buffer<T>& signals, const std::vector<T>& factors, const Sequence<T>& u, int64_t begin,
     int64_t end, int64_t steps) {
   constexpr int64_t POINT = Transform<T>::POINT;
   const int64_t dims = u.features, pairs = parts(end - begin, 2), size = transform.size;
   at::parallel_for(0, dims * parts(pairs, LANES<T>), 1, [&](int64_t from, int64_t to) {
-    std::vector<T> points(size * POINT);
+    Buffer<T> points(size * POINT);
     for (int64_t index = from; index < to; ++index) {
       const int64_t dim = index % dims, first = index / dims * LANES<T>, count = std::min(LANES<T>, pairs - first);
       for (int64_t lane = 0; lane < count; ++lane)
@@ -312,13 +312,13 @@ void convolution_forward(const at::Tensor& u, const at::Tensor& spectrum, const 
     const int64_t batch = out.size(0), steps = out.size(1), width = out.size(2);
     const int64_t dims = u.size(2), groups = spectrum.size(1), size = spectrum.size(2);
     const Transform<T> transform(size);
-    std::vector<T> signals;
+    Buffer<T> signals;
     for (int64_t tile = 0; tile < batch; tile += TOGETHER) {
       const int64_t past = std::min(batch, tile + TOGETHER);
       const Factors<T> factors = normalizing<T>(from, tile, past, steps);
       pack<T>(transform, from, tile, past, steps, factors.before, signals);
       at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-        std::vector<T> points(size * POINT);
+        Buffer<T> points(size * POINT);
         for (int64_t group = begin; group < end; ++group)
           for (int64_t b = tile; b < past; b += 2) {
             for (int64_t dim = 0; dim < dims; ++dim) {
@@ -360,7 +360,7 @@ void convolution_backward(
     const int64_t dims = u.size(2), groups = spectrum.size(1), size = spectrum.size(2);
     const Transform<T> transform(size);
     const at::Tensor sums = grad_kernel ? at::zeros(spectrum.sizes(), spectrum.options()) : spectrum;
-    std::vector<T> signals, sent;
+    Buffer<T> signals, sent;
     for (int64_t tile = 0; tile < batch; tile += TOGETHER) {
       const int64_t past = std::min(batch, tile + TOGETHER), spectra = parts(past - tile, 2) * dims * size * 2;
       const Factors<T> factors = normalizing<T>(from, tile, past, steps);
@@ -368,7 +368,7 @@ void convolution_backward(
       if (grad_kernel) pack<T>(transform, inputs, tile, past, steps, factors.after, signals);
       sent.assign(grad_u ? threads * spectra : 0, T(0));  // of each thread
       at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-        std::vector<T> points(size * POINT);
+        Buffer<T> points(size * POINT);
         T* own = sent.data() + (grad_u ? at::get_thread_num() * spectra : 0);
         for (int64_t group = begin; group < end; ++group)
           for (int64_t b = tile; b < past; b += 2) {

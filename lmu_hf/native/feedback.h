@@ -119,7 +119,7 @@ void feedback_forward(
       for (int64_t b = begin; b < end; ++b) std::memcpy(begun.at(b, at / chunk), now + b * flat, flat * sizeof(T));
     };
     const auto go_on = [&](int64_t begin, int64_t end, int64_t at) {
-      std::vector<T> driving((end - begin) * dims * chunk);
+      Buffer<T> driving((end - begin) * dims * chunk);
       for (int64_t b = begin; b < end; ++b)
         for (int64_t j = 0; j < chunk; ++j)
           for (int64_t d = 0; d < dims; ++d) driving[((b - begin) * dims + d) * chunk + j] = inputs.at(b, at + j)[d];
@@ -172,7 +172,7 @@ void feedback_backward(
     // What the memory at the end of the chunk sends back, to the u of the chunk and to the memory at its start (rows, D * N).
     const auto send_back = [&](int64_t begin, int64_t end, int64_t index, T* memory) {
       const int64_t at = first + index * chunk, rows = end - begin, stride = padded(chunk);
-      std::vector<T> sent(rows * dims * stride);
+      Buffer<T> sent(rows * dims * stride);
       for (int64_t r = 0; r < rows; ++r) std::memcpy(memory + r * flat, later.at(begin + r, index + 1), flat * sizeof(T));
       by_system<T>(rows, dims, chunk, order, memory, order, response, sent.data(), stride);
       for (int64_t r = 0; r < rows; ++r)
@@ -193,7 +193,7 @@ void feedback_backward(
         const int64_t rows = end - begin, stride = padded(flat);
         std::optional<WeightGradient<T>> weights;
         if (grad_matrix) weights.emplace(grad_matrix->size(0), grad_matrix->size(1));
-        std::vector<T> now(rows * flat), reached(rows * stride);
+        Buffer<T> now(rows * flat), reached(rows * stride);
         const Start<T> memory{*folds, reached.data(), flat, stride};
         for (int64_t index = chunks - 1; index >= 0; --index) {
           const int64_t at = first + index * chunk;

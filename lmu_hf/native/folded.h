@@ -32,7 +32,7 @@ void folded_backward(
     const Sequence<T> sums(grad_sums), begun(to_starts), no_u(grad_sums.narrow(2, 0, 0));
     const int64_t flat = begun.features, stride = padded(flat);
     over_rows(to_starts.size(0), [&](int64_t begin, int64_t end) {
-      std::vector<T> reached((end - begin) * stride);
+      Buffer<T> reached((end - begin) * stride);
       const Start<T> start{folds, reached.data(), flat, stride};
       for (int64_t index = (count - 1) / chunk; index >= 0; --index) {
         const int64_t at = index * chunk;

@@ -95,8 +95,8 @@ class WeightGradient {
       : features(features),
         width(width),
         stride(padded(width)),
-        left(ROWS * features, T(1)),
-        right(padded(width) * ROWS),
+        left(COLLECTED * features, T(1)),
+        right(padded(width) * COLLECTED),
         total(features * stride) {}
 
   // Adds a row, whose u are those of the last `lags` steps, the first `missing` of them zeros. Features past those of x are ones.
@@ -108,8 +108,8 @@ class WeightGradient {
     std::copy_n(h, size, row + lags);
     std::copy_n(x, inputs, row + lags + size);
     for (int64_t column = 0; column < width; column += PANEL)
-      std::memcpy(&right[column * ROWS + filled * PANEL], grad + column, PANEL * sizeof(T));
-    if (++filled == ROWS) multiply();
+      std::memcpy(&right[column * COLLECTED + filled * PANEL], grad + column, PANEL * sizeof(T));
+    if (++filled == COLLECTED) multiply();
   }
 
   int64_t size() const { return features * width; }
@@ -122,14 +122,14 @@ class WeightGradient {
   }
 
  private:
-  static constexpr int64_t ROWS = 128;
+  static constexpr int64_t COLLECTED = 128;
   const int64_t features, width, stride;
-  std::vector<T> left, right, total;
+  Buffer<T> left, right, total;
   int64_t filled = 0;
 
   void multiply() {
     product<T, true>(
-        features, width, filled, left.data(), features, Panels<T>(right.data(), ROWS * PANEL), total.data(), stride);
+        features, width, filled, left.data(), features, Panels<T>(right.data(), COLLECTED * PANEL), total.data(), stride);
     filled = 0;
   }
 };
@@ -215,7 +215,7 @@ struct CellLoop final : Loop<T> {
     const int64_t dims = u.features, size = kept[0].features, width = known.features;
     const int64_t u_stride = chunk * dims + 1, rows = end - begin;
     const Panels<T> from_hidden = matrix.from_row(dims ? (chunk - 1) * dims : 0);
-    std::vector<T> sums(rows * padded(width)), past(rows * u_stride), masked(encoding ? rows * size : 0);
+    Buffer<T> sums(rows * padded(width)), past(rows * u_stride), masked(encoding ? rows * size : 0);
     const int64_t sum_stride = padded(width);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t t = first + j;
@@ -279,10 +279,10 @@ struct CellLoop final : Loop<T> {
       const Sequence<T>& grad_sums, const Start<T>* start, InputsAdjoint<T>* reading) const override {
     const int64_t dims = grad_u.features, size = kept[0].features, width = grad_sums.features;
     const int64_t rows = end - begin, h_stride = padded(size), w_stride = padded(width), u_stride = padded(chunk * dims);
-    std::vector<T> grad(rows * h_stride), wide(rows * w_stride), inputs(PANEL + rows * u_stride), rest(rows * h_stride);
-    std::vector<T> masked(encoding && encoding->mask ? rows * h_stride : 0);
+    Buffer<T> grad(rows * h_stride), wide(rows * w_stride), inputs(PANEL + rows * u_stride), rest(rows * h_stride);
+    Buffer<T> masked(encoding && encoding->mask ? rows * h_stride : 0);
     const int64_t x_stride = reading ? padded(reading->x.features) : 0;
-    std::vector<T> to_x(rows * x_stride);
+    Buffer<T> to_x(rows * x_stride);
     T* to_inputs = inputs.data() + PANEL;
     for (int64_t r = 0; r < rows; ++r) {
       std::memcpy(&grad[r * h_stride], adjoint.carry + (begin + r) * size, size * sizeof(T));

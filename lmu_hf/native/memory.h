@@ -47,7 +47,7 @@ struct Numbers {
 // S systems: the columns of A (N, N), or of its transpose, and B (N), each filled up to Lanes.
 template <typename T, int Lanes>
 struct Systems {
-  std::vector<Numbers<T, Lanes>> columns, inputs;
+  Buffer<Numbers<T, Lanes>> columns, inputs;
   Systems(const at::Tensor& A, const at::Tensor& B, bool transposed) {
     const int64_t scales = A.size(0), order = A.size(1);
     const auto a = A.accessor<T, 3>();
@@ -140,7 +140,7 @@ void memory_backward(
       const bool shared = B.size(0) == 1;
       const int64_t count = Order ? Order : order;
       over_memories(grad_u.size(0), dims, [&](int64_t row, int64_t first, int64_t last) {
-        std::vector<Numbers<T, Lanes>> memory(last - first);
+        Buffer<Numbers<T, Lanes>> memory(last - first);
         for (int64_t t = steps - 1; t >= 0; --t) {
           const int64_t at = (row * steps + t) * dims;
           for (int64_t d = first; d < last; ++d) {

@@ -63,7 +63,7 @@ at::Tensor merged_operator(
     }
     const OwnPanels<T> read(weight.narrow(0, 0, linear));
     const int64_t stride = padded(gates);
-    std::vector<T> sums(layout.rows * stride);
+    Buffer<T> sums(layout.rows * stride);
     layout.of_gates(weight, hidden, bias, [&](int64_t row, const at::Tensor& part, int64_t first, int64_t count) {
       const Matrix<T> from(part);
       for (int64_t r = 0; r < count; ++r)
@@ -89,7 +89,7 @@ std::vector<Part> merged_operator_backward(
     const Matrix<T> from(grad), drives(B), of_weight(*grads[3]);
     // What arrives at m', also through the gates.
     const int64_t stride = padded(linear), width = padded(gates);
-    std::vector<T> arrived(rows * stride), read(linear * width);
+    Buffer<T> arrived(rows * stride), read(linear * width);
     for (int64_t r = 0; r < rows; ++r) std::copy_n(&from.at(r, 0), linear, &arrived[r * stride]);
     const auto to_gates = grad.narrow(1, linear, gates);
     product<T>(

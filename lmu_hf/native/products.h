@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -12,12 +13,31 @@ namespace {
 constexpr int64_t PANEL = 16;
 
 #if defined(__AVX512F__)
-constexpr int64_t BYTES = 64, BLOCK = 24;  // of a vector; vectors of sums held in registers at a time
+// Of a vector; vectors of sums held in registers at a time, and of how many rows at most.
+constexpr int64_t BYTES = 64, BLOCK = 24, ROWS = 8;
 #elif defined(__AVX__)
-constexpr int64_t BYTES = 32, BLOCK = 12;
+constexpr int64_t BYTES = 32, BLOCK = 12, ROWS = 6;
 #else
-constexpr int64_t BYTES = 16, BLOCK = 12;
+constexpr int64_t BYTES = 16, BLOCK = 12, ROWS = 6;
 #endif
+
+// Begins with a line of the cache, as tensors do: vectors across two lines take twice as long to read.
+template <typename T>
+struct Lines {
+  using value_type = T;
+  static constexpr std::align_val_t line{64};
+
+  Lines() = default;
+  template <typename Other>
+  Lines(const Lines<Other>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), line)); }
+  void deallocate(T* numbers, size_t) { ::operator delete(numbers, line); }
+  friend bool operator==(const Lines&, const Lines&) { return true; }
+  friend bool operator!=(const Lines&, const Lines&) { return false; }
+};
+
+template <typename T>
+using Buffer = std::vector<T, Lines<T>>;
 
 template <typename T>
 struct Vector;
@@ -69,7 +89,7 @@ class OwnPanels {
 
  private:
   const int64_t inner;
-  std::vector<T> data;
+  Buffer<T> data;
 };
 
 constexpr int64_t TERMS = 64;  // of a sum at a time: a long sum in one go would round as often as it has terms
@@ -122,6 +142,10 @@ void columns(
   if constexpr (V > 1) columns<T, R, V / 2, Across>(done, width, inner, a, a_stride, b, c, c_stride);
 }
 
+// More than ROWS are never asked for, nor compiled.
+template <int R>
+using Rows = std::integral_constant<int, std::min<int64_t>(R, ROWS)>;
+
 // c (rows, width) += a (rows, inner) @ b (inner, width); with Across, a is (inner, rows) and taken transposed.
 template <typename T, bool Across = false>
 void product(
@@ -136,15 +160,16 @@ void product(
   while (rows > 0) {
     // As many rows at a time as share each vector of b from registers, and as evenly as they go: a few left over would leave the
     // processor idle.
-    constexpr int64_t most = 6;
-    const int64_t blocks = (rows + most - 1) / most;
+    const int64_t blocks = (rows + ROWS - 1) / ROWS;
     switch ((rows + blocks - 1) / blocks) {
-      case 6: take(std::integral_constant<int, 6>()); break;
-      case 5: take(std::integral_constant<int, 5>()); break;
-      case 4: take(std::integral_constant<int, 4>()); break;
-      case 3: take(std::integral_constant<int, 3>()); break;
-      case 2: take(std::integral_constant<int, 2>()); break;
-      default: take(std::integral_constant<int, 1>());
+      case 8: take(Rows<8>()); break;
+      case 7: take(Rows<7>()); break;
+      case 6: take(Rows<6>()); break;
+      case 5: take(Rows<5>()); break;
+      case 4: take(Rows<4>()); break;
+      case 3: take(Rows<3>()); break;
+      case 2: take(Rows<2>()); break;
+      default: take(Rows<1>());
     }
   }
 }

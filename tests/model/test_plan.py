@@ -206,11 +206,11 @@ def test_transforms_are_for_memories_that_begin_empty_and_share_a_system():
 
 
 def test_what_a_layer_begins_with_counts():
-    layer = LMU(1, 1, 256, 784.0, "rnn", 64, return_sequences=True, stateful=True)
+    layer = LMU(1, 1, 256, 784.0, "rnn", 212, return_sequences=True, stateful=True)
     made = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_module, "make_plan", lambda *a, **k: made.append(make_plan(*a, **k)) or made[-1])
         for _ in range(2):
-            layer(torch.randn(4, 300, 1))
+            layer(torch.randn(32, 300, 1))
     expected = ["convolved", "folded"] if available(torch.zeros(1)) else ["folded", "folded"]
     assert [plan.memory for plan in made] == expected
