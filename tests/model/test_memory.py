@@ -23,6 +23,9 @@ SHAPES = [
     # So many rows that each chunk is a product of its own.
     (MANY_ROWS // 2 + 1, 37, 2, 5, 9.0),
     (MANY_ROWS, 19, 2, 3, (4.0, 9.0)),
+    # The same with fewer steps than numbers, and with more, in chunks of which neither is a multiple.
+    (MANY_ROWS, 21, 1, 33, 30.0),
+    (MANY_ROWS // 2 + 1, 43, 2, 21, (40.0, 17.0)),
 ]
 # float64: rounding of ~200 steps. float32: the chunked state is good to ~5e-7 of its size, which is about 1 to 3 here.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -61,6 +64,14 @@ def test_equals_naive(algorithm, shape, initial, ragged, dtype):
     for ours, naive in zip(gradients, naive_gradients, strict=False):
         scale = max(1.0, float(naive.abs().max()))
         assert (ours - naive).abs().max() < TOLERANCE[dtype] * scale
+
+
+@pytest.mark.parametrize("initial", [False, True], ids=["zero", "state"])
+@pytest.mark.parametrize("shape", SHAPES[-4:], ids=str)
+@pytest.mark.parametrize("size", [2, 4, 8, 16, 32])
+def test_chunks_of_any_size_equal_naive(shape, size, initial, monkeypatch):
+    monkeypatch.setattr("lmu_hf.model.memory.memory_chunk", lambda *sizes, **options: size)
+    test_equals_naive("chunked", shape, initial, True, torch.float64)
 
 
 @pytest.mark.parametrize("initial", [False, True], ids=["zero", "state"])
