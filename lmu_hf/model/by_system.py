@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .precision import exact_matmul
+from .compiled import matmul
+from .precision import exact_matmul, full_float32
 
 
 def fold_rows(u: Tensor, scales: int) -> Tensor:
@@ -58,8 +59,16 @@ def product(rows: Tensor, stack: Tensor, out: Tensor | None = None) -> Tensor:
     """rows (S, R, X) @ stack (S, X, Y), into ``out`` if it is given. Of a single matrix without the detour through a stack, which
     takes as long again on a GPU, where such products are so small that launching them is what costs."""
     if len(stack) == 1:
-        return torch.mm(rows[0], stack[0], out=None if out is None else out[0])[None]
+        return matmul(rows[0], stack[0], None if out is None else out[0])[None]
     return torch.bmm(rows, stack, out=out)
+
+
+def product_back(rows: Tensor, stack: Tensor) -> Tensor:
+    """The same in a backward pass, in full float32; differentiable where a second derivative is asked for."""
+    if torch.is_grad_enabled():
+        return exact_matmul(rows, stack)
+    with full_float32(rows):
+        return product(rows, stack)
 
 
 def side_by_side(A: Tensor, B: Tensor, dims: int) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .by_system import fold_rows, fold_state
-from .compiled import SMALL_ORDER, available
+from .by_system import fold_rows, fold_state, product
+from .compiled import SMALL_ORDER, add_matmul, available, matmul
 from .folding import ChunkOperators
 from .gates import Pointwise
 from .precision import full_float32
@@ -148,12 +148,12 @@ class _ChunkedScan(torch.autograd.Function):
             u_of_chunks = u[:, first : first + length].reshape(begun.shape[:2].numel(), -1)
             if operators.from_u is not None:
                 with full_float32(step):
-                    known.view(len(u_of_chunks), -1).addmm_(u_of_chunks, operators.from_u)
+                    add_matmul(known.view(len(u_of_chunks), -1), u_of_chunks, operators.from_u)
                 scan.folded_forward(first, min(length, steps - first), known, begun, operators)
                 continue
             memories = _write(begun.flatten(0, 1), u_of_chunks, operators, scratch)
             assert operators.read is not None
-            known.view(-1, width).addmm_(memories, operators.read)
+            add_matmul(known.view(-1, width), memories, operators.read)
             scan.forward(first, min(length, steps - first), known, nothing)
         saved = (given, weight, bias, u, starts, *operators, *states, *kept)
         ctx.save_for_backward(*saved)
@@ -217,9 +217,9 @@ class _ChunkedScan(torch.autograd.Function):
                 scan.folded_backward(first, min(length, steps - first), grad, to_starts, operators)
                 by_chunk = grad.view(to_starts.shape[:2].numel(), -1)
                 with full_float32(step):
-                    to_u = by_chunk @ from_u.mT
+                    to_u = matmul(by_chunk, from_u.mT)
                 if "from_u" in grads:
-                    grads["from_u"].addmm_(u[:, segment].reshape(len(by_chunk), -1).mT, by_chunk, beta=beta)
+                    add_matmul(grads["from_u"], u[:, segment].reshape(len(by_chunk), -1).mT, by_chunk, beta=beta)
             else:
                 scan.backward(first, min(length, steps - first), nothing, grad)
                 of_chunks = starts[:, chunks].flatten(0, 1)
@@ -240,23 +240,23 @@ class _ChunkedScan(torch.autograd.Function):
             # The weights, while the gradient of the segment is at hand.
             flat, by_chunk = grad.view(-1, width), grad.view(-1, chunk * width)
             if "fold" in grads:
-                grads["fold"].addmm_(starts[:, chunks].flatten(0, 1).mT, by_chunk, beta=beta)
+                add_matmul(grads["fold"], starts[:, chunks].flatten(0, 1).mT, by_chunk, beta=beta)
             if "step" in grads or "encoder" in grads:
                 before = before_each(states[0], kept[0], first, length)
                 if "step" in grads:
                     _add_step_gradient(grads["step"], flat, u[:, segment] if feedback else None, before, chunk, beta)
                 if "encoder" in grads:
                     seen = before if operators.mask is None else before * operators.mask[:, None]
-                    grads["encoder"].addmm_(seen.flatten(0, 1).mT, flat[:, :dims], beta=beta)
+                    add_matmul(grads["encoder"], seen.flatten(0, 1).mT, flat[:, :dims], beta=beta)
             if "direct" in grads:
-                grads["direct"].addmm_(u[:, segment].flatten(0, 1).mT, flat[:, dims:], beta=beta)
+                add_matmul(grads["direct"], u[:, segment].flatten(0, 1).mT, flat[:, dims:], beta=beta)
             if "bias" in grads:
                 grads["bias"] += flat.sum(0)
             if "weight" in grads:
-                grads["weight"].addmm_(of_steps(given, first, length).flatten(0, 1).mT, flat, beta=beta)
+                add_matmul(grads["weight"], of_steps(given, first, length).flatten(0, 1).mT, flat, beta=beta)
             if grad_given is not None and needed["given"]:
                 count = min(length, steps - first)
-                grad_given[:, first : first + count] = (grad @ weight.mT)[:, :count]
+                grad_given[:, first : first + count] = matmul(flat, weight.mT).view(batch, length, -1)[:, :count]
         grads |= added
         return (
             None,
@@ -294,7 +294,7 @@ def _write(starts: Tensor, u: Tensor, operators: ChunkOperators, scratch: Scratc
         torch.ops.lmu_hf.memory_forward(starts.contiguous(), u, *_single_step(states, order), memories)
         return memories
     with full_float32(u):
-        by_chunk = (_rows(starts, u, power) @ states).unflatten(2, (chunk, order))  # (S, M * D / S, C, N)
+        by_chunk = product(_rows(starts, u, power), states).unflatten(2, (chunk, order))  # (S, M * D / S, C, N)
     if len(by_chunk) == 1:
         by_chunk = by_chunk.view(len(starts), -1, chunk, order).transpose(1, 2)  # (M, C, D, N)
     else:
@@ -319,8 +319,8 @@ def _write_back(
     scales, order = power.shape[:2]
     chunk = states.shape[1] - order
     if "read" in grads:
-        grads["read"].addmm_(_write(starts, u, operators, scratch).mT, grad, beta=beta)
-    grad = torch.mm(grad, read.mT, out=scratch.take("back", len(grad), len(read)))
+        add_matmul(grads["read"], _write(starts, u, operators, scratch).mT, grad, beta=beta)
+    grad = matmul(grad, read.mT, scratch.take("back", len(grad), len(read)))
     by_chunk = grad.view(len(starts), chunk, -1, order)  # (M, C, D, N)
     by_row: Any = None  # (S, M * D / S, C * N), where a product takes it
     if "states" in grads or not _step_by_step(order, u):
@@ -328,13 +328,13 @@ def _write_back(
             by_chunk.permute(2, 0, 1, 3).flatten(2) if scales > 1 else by_chunk.transpose(1, 2).reshape(1, -1, chunk * order)
         )
     if "states" in grads:
-        grads["states"] += _rows(starts, u, power).mT @ by_row
+        grads["states"] += product(_rows(starts, u, power).mT, by_row)
     if _step_by_step(order, u):
         to_starts, to_u = torch.empty_like(starts, memory_format=torch.contiguous_format), u.new_empty(*by_chunk.shape[:3])
         torch.ops.lmu_hf.memory_backward(grad, *_single_step(states, order), to_starts, to_u, None)
         return to_starts, to_u
     with full_float32(u):
-        to_rows = by_row @ states.mT
+        to_rows = product(by_row, states.mT)
     to_rows = to_rows.view(len(starts), -1, order + chunk) if scales == 1 else to_rows.transpose(0, 1)
     return to_rows[..., :order].flatten(1), to_rows[..., order:].mT.flatten(1)
 
@@ -360,7 +360,7 @@ def _add_step_gradient(total: Tensor, grad: Tensor, u: Tensor | None, before: Te
     """Adds a segment's part of the gradient of the step matrix to ``beta`` times what there is: grad (B * length, W), u
     (B, length, D), before (B, length, H)."""
     of_u = len(total) - before.shape[2]
-    total[of_u:].addmm_(before.flatten(0, 1).mT, grad, beta=beta)
+    add_matmul(total[of_u:], before.flatten(0, 1).mT, grad, beta=beta)
     if u is None or not of_u:
         return
     dims = u.shape[2]
@@ -369,9 +369,9 @@ def _add_step_gradient(total: Tensor, grad: Tensor, u: Tensor | None, before: Te
         if not beta:
             total[:of_u] = 0
         for j in range(1, chunk):
-            total[of_u - j * dims : of_u].addmm_(inputs[:, : j * dims].mT, by_chunk[:, j])
+            add_matmul(total[of_u - j * dims : of_u], inputs[:, : j * dims].mT, by_chunk[:, j])
         return
     # The u of each lag, none before the chunk: windows over these few numbers spare a product for each step of a chunk.
     by_chunk = F.pad(u.unflatten(1, (-1, chunk)), (0, 0, chunk - 1, 0))
     lags = by_chunk.unfold(2, chunk - 1, 1)[:, :, :chunk].mT.reshape(len(grad), -1)
-    total[:of_u].addmm_(lags.mT, grad, beta=beta)
+    add_matmul(total[:of_u], lags.mT, grad, beta=beta)

@@ -1,6 +1,7 @@
 """Whether the operators of :mod:`lmu_hf.native` are there. A checkpoint that carries this file along runs without them."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,10 @@ MOST_NUMBERS = 1 << 18
 
 # Columns of a panel, as in products.h.
 _PANEL = 16
+
+# Multiply-adds from which a product in matrices.h is worth its call, and rows, columns and terms of one that is no thinner.
+_LARGE_PRODUCT = 1 << 19
+_THIN = 8
 
 _load: Callable[[], bool] | None = None
 
@@ -39,3 +44,32 @@ def panels(matrix: Tensor) -> Tensor:
     count = -(-matrix.shape[-1] // _PANEL)
     filled = F.pad(matrix, (0, count * _PANEL - matrix.shape[-1]))
     return filled.unflatten(-1, (count, _PANEL)).transpose(-3, -2).contiguous()
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a (M, K) @ b (K, N), into ``out`` if it is given; of no derivative."""
+    if out is None:
+        out = a.new_empty(len(a), b.shape[1])
+    return out.addmm_(a, b, beta=0) if not _outdoes_blas(out, a, b) else _multiply(out, a, b, kept=False)
+
+
+def add_matmul(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> Tensor:
+    """total (M, N) = beta * total + a (M, K) @ b (K, N), in place, for a ``beta`` of 0 or 1; of no derivative."""
+    return total.addmm_(a, b, beta=beta) if not _outdoes_blas(total, a, b) else _multiply(total, a, b, kept=beta == 1)
+
+
+def _multiply(total: Tensor, a: Tensor, b: Tensor, *, kept: bool) -> Tensor:
+    torch.ops.lmu_hf.add_product(total, a, b, kept)
+    return total
+
+
+def _outdoes_blas(total: Tensor, a: Tensor, b: Tensor) -> bool:
+    rows, terms, columns = *a.shape, total.shape[1]
+    if rows * terms * columns < _LARGE_PRODUCT or min(rows, terms, columns) < _THIN or total.stride(1) != 1:
+        return False
+    return available(total) and _wide()
+
+
+@cache
+def _wide() -> bool:
+    return torch.ops.lmu_hf.outdoes_blas()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiled import add_matmul, matmul
 from .convolution import convolve, convolve_back
 from .gates import Pointwise
 from .scan import scan_class
@@ -104,18 +105,18 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
         of_states.append(loop.initial_gradients())
         flat = sums.view(-1, width)
         if made["given"] is not None:
-            torch.mm(flat, weight.mT, out=made["given"][rows].view(len(flat), -1))
+            matmul(flat, weight.mT, made["given"][rows].view(len(flat), -1))
         if made["weight"] is not None:
-            made["weight"].addmm_(given[rows].reshape(len(flat), -1).mT, flat)
+            add_matmul(made["weight"], given[rows].reshape(len(flat), -1).mT, flat)
         if made["bias"] is not None:
             made["bias"] += flat.sum(0)
         if made["u"] is not None or made["kernel"] is not None:
             correlation(u[rows], sums, None if made["u"] is None else made["u"][rows], made["kernel"])
         if made["hidden_weight"] is not None:
             # Against the h before each step. All rows in one product: only their first steps do not follow in it.
-            made["hidden_weight"].addmm_(states[0][rows].mT, sums[:, 0])
+            add_matmul(made["hidden_weight"], states[0][rows].mT, sums[:, 0])
             sums[:, 0] = 0
-            made["hidden_weight"].addmm_(kept[0][rows].view(len(flat), -1)[:-1].mT, flat[1:])
+            add_matmul(made["hidden_weight"], kept[0][rows].view(len(flat), -1)[:-1].mT, flat[1:])
     return *(made[name] for name in names), *(torch.cat(parts) for parts in zip(*of_states, strict=True))
 
 

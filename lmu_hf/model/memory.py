@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .by_system import chain, fold_rows, fold_state, product, starts_at_once, unfold_sequence, unfold_state
+from .by_system import chain, fold_rows, fold_state, product, product_back, starts_at_once, unfold_sequence, unfold_state
 from .compiled import LARGEST_ORDER, available
 from .convolution import causal_convolution
 from .costs import MANY_ROWS, memory_algorithm, memory_chunk
@@ -229,9 +229,9 @@ class _Chunks(torch.autograd.Function):
             grad = grad_states[:, :, start:stop].flatten(2)
             within = _of_window(window, start, stop, size, order)
             used = operator[:, : order + count, : count * order] if within is None else within
-            grad_row = exact_matmul(grad, used.mT)
+            grad_row = product_back(grad, used.mT)
             if carry is not None:
-                grad_row = grad_row + exact_matmul(carry, used[..., -order:].mT)
+                grad_row = grad_row + product_back(carry, used[..., -order:].mT)
             if within is not None:
                 if grad_begun is not None:
                     grad_row = grad_begun + F.pad(grad_row, (0, grad_begun.shape[2] - stop))
@@ -297,7 +297,7 @@ class _ChunksAtOnce(torch.autograd.Function):
         size, chunks = ctx.size, -(-steps // ctx.size)
         # Nothing in place: the same lines then serve a second derivative.
         grad = F.pad(grad_states, (0, 0, 0, chunks * size - steps)) if steps % size else grad_states
-        from_chunk = exact_matmul(grad.reshape(scales, count * chunks, size * order), operator.mT).unflatten(
+        from_chunk = product_back(grad.reshape(scales, count * chunks, size * order), operator.mT).unflatten(
             1, (count, chunks)
         )
         last = operator[..., -order:].mT.contiguous()  # the end of a chunk -> [m_start, u_chunk]

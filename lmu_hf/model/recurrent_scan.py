@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import MOST_NUMBERS, available
+from .compiled import MOST_NUMBERS, add_matmul, available, matmul
 from .gates import Pointwise
 from .precision import full_float32
 from .scan import scan_class
@@ -133,13 +133,13 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
         if made is not None:
             beta = int((first, length) != segments[-1])  # what later segments have left counts, as in addmm
             before = before_each(states[0], kept[0], first, length)
-            made.hidden.addmm_(before.flatten(0, 1).mT, flat, beta=beta)
+            add_matmul(made.hidden, before.flatten(0, 1).mT, flat, beta=beta)
             if made.weight is not None:
-                made.weight.addmm_(given[:, part].flatten(0, 1).mT, flat, beta=beta)
+                add_matmul(made.weight, given[:, part].flatten(0, 1).mT, flat, beta=beta)
             if made.bias is not None:
                 torch.sum(flat, 0, out=made.bias) if not beta else made.bias.add_(flat.sum(0))
         if grad_given is not None and parts.weight is not None:
-            grad_given[:, part] = grad @ parts.weight.mT
+            grad_given[:, part] = matmul(flat, parts.weight.mT).view(len(given), length, -1)
     return grad_given, grad_matrix, *scan.initial_gradients()
 
 

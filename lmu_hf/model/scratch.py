@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compiled import add_matmul, matmul
 from .time_loop import State
 
 
@@ -53,9 +54,9 @@ def known_sums(given: Tensor | None, weight: Tensor | None, bias: Tensor | None,
         return out.zero_() if bias is None else out.copy_(bias)
     flat, inputs = out.view(-1, out.shape[2]), given.reshape(-1, given.shape[2])
     if bias is None:
-        torch.mm(inputs, weight, out=flat)
+        matmul(inputs, weight, flat)
     else:
-        torch.addmm(bias, inputs, weight, out=flat)
+        add_matmul(flat.copy_(bias), inputs, weight)
     return out
 
 

@@ -22,6 +22,7 @@ from .by_system import (
     unfold_sequence,
     unfold_state,
 )
+from .compiled import add_matmul, matmul
 from .folding import ChunkOperators
 from .gates import Pointwise
 from .precision import full_float32
@@ -122,7 +123,7 @@ class TimeLoop:
         """
         assert operators.fold is not None
         with full_float32(known):
-            known.view(starts.shape[:2].numel(), -1).addmm_(starts.flatten(0, 1), operators.fold)
+            add_matmul(known.view(starts.shape[:2].numel(), -1), starts.flatten(0, 1), operators.fold)
         self.forward(first, count, known, known[..., :0])
 
     def folded_backward(
@@ -140,7 +141,7 @@ class TimeLoop:
         assert operators.fold is not None
         self.backward(first, count, grad_sums[..., :0], grad_sums)
         with full_float32(grad_sums):
-            torch.mm(grad_sums.view(to_starts.shape[:2].numel(), -1), operators.fold.mT, out=to_starts.flatten(0, 1))
+            matmul(grad_sums.view(to_starts.shape[:2].numel(), -1), operators.fold.mT, to_starts.flatten(0, 1))
 
     def reads(self, given: Tensor, weight: Tensor, bias: Tensor | None, operators: ChunkOperators) -> bool:
         """Asks :meth:`feedback_forward` to compute by itself what the inputs contribute to the sums; returns whether it will.

@@ -11,6 +11,7 @@
 #include "feedback.h"
 #include "folded.h"
 #include "loop.h"
+#include "matrices.h"
 #include "memory.h"
 #include "merged.h"
 #include "recurrent.h"
@@ -77,6 +78,9 @@ TORCH_LIBRARY(lmu_hf, library) {
   library.def("convolution_forward(Tensor u, Tensor spectrum, Tensor(a!) out) -> ()");
   library.def(
       "convolution_backward(Tensor u, Tensor spectrum, Tensor grad, Tensor(a!)? grad_u, Tensor(b!)? grad_kernel) -> ()");
+  // total (M, N) = a (M, K) @ b (K, N), added to what is there if it is kept; whether that is faster than BLAS is.
+  library.def("add_product(Tensor(a!) total, Tensor a, Tensor b, bool kept) -> ()");
+  library.def("outdoes_blas() -> bool", &outdoes_blas);
   // starts (M, D, N), u (M, C, D), A (S, N, N), B (S, N), states (M, C, D, N); N up to 32. `arriving` takes the gradients that
   // reach each state, later ones included.
   library.def("memory_forward(Tensor starts, Tensor u, Tensor A, Tensor B, Tensor(a!) states) -> ()");
@@ -98,6 +102,7 @@ TORCH_LIBRARY_IMPL(lmu_hf, CPU, library) {
   library.impl("convolution_spectrum", &convolution_spectrum);
   library.impl("convolution_forward", &convolution_forward);
   library.impl("convolution_backward", &convolution_backward);
+  library.impl("add_product", &add_product);
   library.impl("memory_forward", &memory_forward);
   library.impl("memory_backward", &memory_backward);
 }

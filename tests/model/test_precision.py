@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmu_hf.model import chunked_scan, memory, plan, precision, recurrent_scan, scan, stepper, time_loop
+from lmu_hf.model import by_system, chunked_scan, memory, plan, precision, recurrent_scan, scan, stepper, time_loop
 from lmu_hf.model.layer import LMU
 from lmu_hf.model.precision import exact_matmul, full_float32
 
@@ -120,7 +120,7 @@ def test_nothing_happens_on_the_cpu(monkeypatch):
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Tensors of the CPU are treated like those of CUDA, as far as this setting goes."""
-    for module in (precision, chunked_scan, recurrent_scan, time_loop, memory, scan, stepper):
+    for module in (precision, by_system, chunked_scan, recurrent_scan, time_loop, memory, scan, stepper):
         monkeypatch.setattr(module, "full_float32", lambda like: precision._FullFloat32())
 
 
