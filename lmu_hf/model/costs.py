@@ -125,14 +125,16 @@ _COMPILED_FFT = (
 )
 # Steps from which they are worth it for many rows: of fewer, one product does it all.
 _TRANSFORMED = 32
-_LANES = 8
+# Of a vector, and so columns of a kernel that go together.
+_LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
 def _transforms_cost(own: _Transforms, rows: int, steps: int, columns: int, signals: int = 1) -> float:
     """What :func:`causal_convolution` takes, compiled: for rows of some signals each, and the columns of their kernel."""
-    size, groups = transform_size(2 * steps - 1), -(-columns // _LANES)
-    # Measured on two cores, as all others; what has fewer groups of columns than there are threads leaves some of these idle.
-    stages, points = math.log2(size), size * max(groups, torch.get_num_threads()) * _LANES / 2
+    size, threads = transform_size(2 * steps - 1), torch.get_num_threads()
+    # Measured on two cores, as all others; groups of columns that are no multiple of the threads leave some of these idle.
+    groups = -(-columns // (_LANES * threads)) * threads
+    stages, points = math.log2(size), size * groups * _LANES / 2
     each = own.stage * stages + own.point + own.far * max(stages - 12, 0) + own.signal * (signals - 1)
     numbers = max(rows * steps * columns - _LARGE, 0)
     return own.call + points * ((rows + rows % 2) * each + own.kernel * stages * signals) + own.large * numbers
@@ -255,31 +257,25 @@ class _Merged(NamedTuple):
 
 # Without and with a backward pass.
 _LOOK_AHEAD = (
-    _LookAhead(1.73e6, 2.24e3, 0.0177, 0.0045, 0.00875, 0.792, 0.147, 2.6, 0.0892, 9.04),
-    _LookAhead(4.6e6, 4.88e3, 0.06, 0.0136, 0.0298, 2.3, 0.313, 6.76, 0.176, 16.8),
+    _LookAhead(1.97e6, 1.63e3, 0.02, 0.0045, 0.00581, 1.17, 0.145, 1.86, 0.0654, 7.97),
+    _LookAhead(3.92e6, 6.7e3, 0.0528, 0.0223, 0.0336, 1.67, 0.311, 7.0, 0.282, 19.9),
 )
 _FOLDED = (
-    _InChunks(1.52e6, 71.5e3, 213, 0.0237, 0.971, 0.0651, 4.22),
-    _InChunks(3.68e6, 172e3, 560, 0.0704, 3.17, 0.09, 8.53, 1.19),
+    _InChunks(1.3e6, 100e3, 469, 0.0218, 1.15, 0.0651, 4.13),
+    _InChunks(3.95e6, 89.6e3, 1.22e3, 0.0675, 2.28, 0.09, 10.8, 1.19),
 )
 _WRITTEN = (
-    _InChunks(1.33e6, 59.3e3, 90.1, 0.0276, 1.37, 0.0994, 0.0538, 0.0, 2.25),
-    _InChunks(3.92e6, 91e3, 0.0, 0.0704, 4.82, 0.0864, 0.116, 0.0, 6.75),
+    _InChunks(1.32e6, 66.1e3, 86.7, 0.0208, 1.71, 0.0983, 0.078, 0.0, 2.25),
+    _InChunks(3.62e6, 83.8e3, 0.0, 0.0455, 4.45, 0.192, 0.119, 0.0, 15.3),
 )
 _CONVOLVED = (
-    _Convolved(_Transforms(1.03e6, 0.241, 1.1, 0.0, 0.414, 0.473, 0.0), 0.00757, 0.0, 0.00805, 0.0901),
-    _Convolved(_Transforms(2.68e6, 0.629, 4.5, 0.86, 1.44, 2.15, 0.0), 0.01, 0.38, 0.0321, 0.175),
+    _Convolved(_Transforms(1.05e6, 0.14, 1.89, 0.0, 0.367, 0.599, 0.0), 0.00755, 0.0, 0.0134, 0.198),
+    _Convolved(_Transforms(2.92e6, 0.357, 2.4, 0.86, 1.67, 1.26, 0.0), 0.01, 0.38, 0.0336, 0.175),
 )
 _MERGED = (
-    _Merged(794e3, 228, 0.0196, 0.397, 9.56, 0.0766),
-    _Merged(1.4e6, 1.64e3, 0.0627, 0.864, 27.0, 0.109),
+    _Merged(732e3, 230, 0.021, 0.376, 7.68, 0.0742),
+    _Merged(1.48e6, 609, 0.0427, 1.35, 22.2, 0.109),
 )
-# The same where vectors have 512 bits, which make more of the loop's own products than of the others.
-_MERGED_WIDE = (
-    _Merged(718e3, 691, 0.0133, 0.763, 7.19, 0.147),
-    _Merged(551e3, 2.84e3, 0.0402, 2.35, 28.3, 0.137),
-)
-_WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
 # What a merged run without feedback takes, in shares of one with it.
 _MERGED_ALONE = 0.9
 
@@ -352,7 +348,7 @@ def uncoupled_costs(
 def merged_cost(sizes: Recurrence, *, training: bool, feedback: bool) -> float:
     """What :func:`merged_recurrence` takes, without or with a backward pass, in nanoseconds."""
     batch, steps, dims, order, hidden, gates = sizes
-    own, linear, rows = (_MERGED_WIDE if _WIDE else _MERGED)[training], dims * order, batch * steps
+    own, linear, rows = _MERGED[training], dims * order, batch * steps
     matrix = (linear + hidden) * (linear + gates)
     numbers = own.number * (linear + hidden + gates)
     once = own.call + own.step * steps + own.building * matrix + own.reading * steps * max(matrix - _NEAR, 0)
