@@ -39,10 +39,10 @@ class _Factors(NamedTuple):
 
 
 # Without and with a backward pass.
-_SCAN = (_Factors(307e3, 10.2, 0.0357, 0.0, 1.9), _Factors(589e3, 29.4, 0.163, 0.0, 0.0))
+_SCAN = (_Factors(259e3, 6.42, 0.0357, 0.0, 1.9), _Factors(535e3, 30.7, 0.146, 0.0, 0.0))
 _CHUNKED = (
-    _Factors(396e3, 21.7e3, 0.0111, 0.64, 2.0, 0.37, 0.196),
-    _Factors(760e3, 86.5e3, 0.0271, 1.69, 5.4, 1.46, 0.0, 2.0),
+    _Factors(360e3, 35.2e3, 0.0098, 0.288, 3.71, 0.814, 0.0882),
+    _Factors(559e3, 149e3, 0.0183, 1.41, 11.9, 3.21, 0.0, 2.0),
 )
 _FFT = (_Factors(431e3, 0.0, 0.08, 0.51, 3.4), _Factors(780e3, 0.0, 0.244, 1.12, 7.2))
 
@@ -120,8 +120,8 @@ class _Transforms(NamedTuple):
 
 # All states of a memory, without and with a backward pass.
 _COMPILED_FFT = (
-    _Transforms(433e3, 0.103, 0.12, 0.0, 0.0, 0.37, 2.0),
-    _Transforms(854e3, 0.435, 0.053, 0.0, 0.0, 0.725, 5.38),
+    _Transforms(400e3, 0.112, 0.264, 0.0, 0.0, 0.488, 2.0),
+    _Transforms(748e3, 0.505, 0.053, 0.0, 0.0, 1.45, 4.15),
 )
 # Steps from which they are worth it for many rows: of fewer, one product does it all.
 _TRANSFORMED = 32
