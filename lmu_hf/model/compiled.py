@@ -1,4 +1,7 @@
-"""Whether the operators of :mod:`lmu_hf.native` are there. A checkpoint that carries this file along runs without them."""
+"""Whether the operators of :mod:`lmu_hf.native` are there, and products, which they make where BLAS is slower.
+
+A checkpoint that carries this file along runs without them.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -48,18 +51,14 @@ def panels(matrix: Tensor) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a (M, K) @ b (K, N), into ``out`` if it is given; of no derivative."""
-    if out is None:
-        out = a.new_empty(len(a), b.shape[1])
-    return out.addmm_(a, b, beta=0) if not _outdoes_blas(out, a, b) else _multiply(out, a, b, kept=False)
+    return add_matmul(a.new_empty(len(a), b.shape[1]) if out is None else out, a, b, beta=0)
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> Tensor:
     """total (M, N) = beta * total + a (M, K) @ b (K, N), in place, for a ``beta`` of 0 or 1; of no derivative."""
-    return total.addmm_(a, b, beta=beta) if not _outdoes_blas(total, a, b) else _multiply(total, a, b, kept=beta == 1)
-
-
-def _multiply(total: Tensor, a: Tensor, b: Tensor, *, kept: bool) -> Tensor:
-    torch.ops.lmu_hf.add_product(total, a, b, kept)
+    if not _outdoes_blas(total, a, b):
+        return total.addmm_(a, b, beta=beta)
+    torch.ops.lmu_hf.add_product(total, a, b, beta == 1)
     return total
 
 

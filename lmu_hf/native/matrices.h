@@ -20,23 +20,6 @@ bool outdoes_blas() {
 // Of b that are laid out at a time, and rows of the result that take them: all together they stay in the cache of a core.
 constexpr int64_t DEPTH = 256, SPAN = 128, HEIGHT = 256;
 
-// The first columns of a row-major or column-major matrix (depth, width) as panels.
-template <typename T>
-void lay_out(const Matrix<T>& from, int64_t depth, int64_t width, T* to) {
-  for (int64_t first = 0; first < width; first += PANEL) {
-    const int64_t count = std::min(PANEL, width - first);
-    for (int64_t k = 0; k < depth; ++k, to += PANEL) {
-      const T* row = &from.at(k, first);
-      if (from.column == 1 && count == PANEL) {
-        std::memcpy(to, row, PANEL * sizeof(T));
-      } else {
-        for (int64_t c = 0; c < count; ++c) to[c] = row[c * from.column];
-        std::fill(to + count, to + PANEL, T(0));
-      }
-    }
-  }
-}
-
 // total (M, N) = a (M, K) @ b (K, N), added to what is there if it is `kept`. The rows of the total are contiguous.
 void add_product(const at::Tensor& total, const at::Tensor& left, const at::Tensor& right, bool kept) {
   const int64_t height = total.size(0), width = total.size(1), inner = left.size(1);
@@ -62,12 +45,10 @@ void add_product(const at::Tensor& total, const at::Tensor& left, const at::Tens
           const int64_t rows = std::min(HEIGHT, last - row);
           if (!kept)
             for (int64_t r = 0; r < rows; ++r) std::fill_n(&c.at(row + r, column), columns, T(0));
-          std::fill(rest.begin(), rest.end(), T(0));
+          if (whole < columns) std::fill(rest.begin(), rest.end(), T(0));
           for (int64_t first = 0; first < inner; first += DEPTH) {
             const int64_t depth = std::min(DEPTH, inner - first);
-            Matrix<T> part = b;
-            part.data = &b.at(first, column);
-            lay_out(part, depth, columns, panels.data());
+            lay_out(&b.at(first, column), b.row, b.column, depth, columns, panels.data());
             const Panels<T> laid(panels.data(), depth * PANEL);
             const T* from = &a.at(row, first);
             const auto take = [&](int64_t count, const Panels<T>& by, T* to, int64_t stride) {

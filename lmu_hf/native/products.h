@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <cstring>
 #include <new>
 #include <type_traits>
 #include <vector>
@@ -70,20 +71,30 @@ struct Panels {
   const T* column(int64_t column) const { return data + column / PANEL * stride + column % PANEL; }
 };
 
-// The same of a matrix of any strides, laid out here.
+// Writes a matrix (inner, width) of any strides as such panels.
+template <typename T>
+void lay_out(const T* from, int64_t row, int64_t column, int64_t inner, int64_t width, T* to) {
+  for (int64_t first = 0; first < width; first += PANEL) {
+    const int64_t count = std::min(PANEL, width - first);
+    for (int64_t k = 0; k < inner; ++k, to += PANEL) {
+      const T* numbers = from + k * row + first * column;
+      if (column == 1 && count == PANEL) {
+        std::memcpy(to, numbers, PANEL * sizeof(T));
+      } else {
+        for (int64_t c = 0; c < count; ++c) to[c] = numbers[c * column];
+        std::fill(to + count, to + PANEL, T(0));
+      }
+    }
+  }
+}
+
+// The same of a tensor, laid out here.
 template <typename T>
 class OwnPanels {
  public:
   explicit OwnPanels(const at::Tensor& matrix)
       : inner(matrix.size(0)), data((matrix.size(1) + PANEL - 1) / PANEL * PANEL * matrix.size(0)) {
-    const T* start = matrix.data_ptr<T>();
-    const int64_t width = matrix.size(1), row = matrix.stride(0), step = matrix.stride(1);
-    T* to = data.data();
-    for (int64_t first = 0; first < width; first += PANEL)
-      for (int64_t k = 0; k < inner; ++k, to += PANEL) {
-        const T* from = start + k * row + first * step;
-        for (int64_t c = 0; c < std::min(PANEL, width - first); ++c) to[c] = from[c * step];
-      }
+    lay_out(matrix.data_ptr<T>(), matrix.stride(0), matrix.stride(1), inner, matrix.size(1), data.data());
   }
   Panels<T> panels() const { return {data.data(), inner * PANEL}; }
 

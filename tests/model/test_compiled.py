@@ -38,6 +38,7 @@ def test_equals_torch(shape, layout, dtype):
     around = torch.randn(rows + 2, columns + 5, dtype=dtype)
     before, total = around.clone(), around[1:-1, 2:-3]
     expected = a.double() @ b.double()
+    # Sums round by their terms; those of the total, which may be larger, by its numbers too.
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-14}[dtype] * (a.double().abs() @ b.double().abs()).max()
     assert (matmul(a, b) - expected).abs().max() <= tolerance
     assert (add_matmul(total, a, b) - before[1:-1, 2:-3] - expected).abs().max() <= tolerance + 1e-6 * (
@@ -60,6 +61,7 @@ def test_threads(threads):
         assert torch.equal(matmul(a, b), result)
     finally:
         torch.set_num_threads(before)
+    # 70 terms of some units each, in float32.
     assert (result - a.double() @ b.double()).abs().max() < 1e-4
 
 
