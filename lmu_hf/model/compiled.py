@@ -56,17 +56,18 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> Tensor:
     """total (M, N) = beta * total + a (M, K) @ b (K, N), in place, for a ``beta`` of 0 or 1; of no derivative."""
-    if not _outdoes_blas(total, a, b):
+    if total.stride(1) != 1 or not outdoes_blas(a, b):
         return total.addmm_(a, b, beta=beta)
     torch.ops.lmu_hf.add_product(total, a, b, beta == 1)
     return total
 
 
-def _outdoes_blas(total: Tensor, a: Tensor, b: Tensor) -> bool:
-    rows, terms, columns = *a.shape, total.shape[1]
-    if rows * terms * columns < _LARGE_PRODUCT or min(rows, terms, columns) < _THIN or total.stride(1) != 1:
+def outdoes_blas(a: Tensor, b: Tensor) -> bool:
+    """Whether the product of two matrices is faster here than in BLAS."""
+    rows, terms, columns = *a.shape, b.shape[1]
+    if rows * terms * columns < _LARGE_PRODUCT or min(rows, terms, columns) < _THIN:
         return False
-    return available(total) and _wide()
+    return available(a) and _wide()
 
 
 @cache

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiled import matmul, outdoes_blas
+
 _mkldnn: Any = torch.backends.mkldnn
 _NOTHING: AbstractContextManager = nullcontext()
 _lock = threading.Lock()
@@ -86,10 +88,21 @@ def _restore_legacy(found: str, on_cpu: str) -> None:
 
 
 def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in :func:`full_float32`, and so its derivatives, where autograd computes them. Matrices, or stacks of them."""
-    if full_float32(left) is _NOTHING:
+    """left @ right in :func:`full_float32`, and so its derivatives, where autograd computes them. Matrices, or stacks of them.
+
+    On the CPU by :func:`compiled.matmul` where that outdoes BLAS.
+    """
+    if full_float32(left) is _NOTHING and not _outdone(left, right):
         return left @ right
     return _Matmul.apply(left, right)
+
+
+def _outdone(left: Tensor, right: Tensor) -> bool:
+    return left.ndim == right.ndim == 2 and outdoes_blas(left, right)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return matmul(left, right) if _outdone(left, right) else left @ right
 
 
 class _Matmul(torch.autograd.Function):
@@ -97,7 +110,7 @@ class _Matmul(torch.autograd.Function):
     def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
         ctx.save_for_backward(left, right)
         with full_float32(left):
-            return left @ right
+            return _product(left, right)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
