@@ -52,8 +52,8 @@ def spectral_convolution(u: Tensor, kernel: Tensor) -> Tensor:
 
 
 def transform_size(least: int) -> int:
-    """The smallest size from ``least`` on whose transform is fast: without prime factors above 5."""
-    size = least
+    """The smallest even size from ``least`` on whose transform is fast: without prime factors above 5."""
+    size = least + least % 2
     while True:
         rest = size
         for factor in (2, 3, 5):
@@ -61,7 +61,7 @@ def transform_size(least: int) -> int:
                 rest //= factor
         if rest == 1:
             return size
-        size += 1
+        size += 2
 
 
 class _CompiledConvolution(torch.autograd.Function):
@@ -109,8 +109,8 @@ def convolve(kernel: Tensor) -> Callable[[Tensor, Tensor], None]:
 
 
 def convolve_back(kernel: Tensor) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]:
-    """The adjoint of :func:`convolve`: a function of u (B, T, D) and the gradient of its convolution (B, T, W) that writes the
-    gradient of u to its third argument and adds that of the kernel to its fourth, where these are not None."""
+    """The adjoint of :func:`convolve`: a function of u (B, T, D) and the gradient of its convolution (B, T, W) that adds the
+    gradient of u to its third argument and that of the kernel to its fourth, where these are not None."""
     spectrum = _spectrum(kernel) if available(kernel) else None
 
     def back(u: Tensor, grad: Tensor, to_u: Tensor | None, to_kernel: Tensor | None) -> None:
@@ -121,7 +121,7 @@ def convolve_back(kernel: Tensor) -> Callable[[Tensor, Tensor, Tensor | None, Te
             given = (u.detach().requires_grad_(), kernel.detach().requires_grad_())
             of_u, of_kernel = torch.autograd.grad(spectral_convolution(*given), given, grad)
         if to_u is not None:
-            to_u.copy_(of_u)
+            to_u += of_u
         if to_kernel is not None:
             to_kernel += of_kernel
 
@@ -130,7 +130,7 @@ def convolve_back(kernel: Tensor) -> Callable[[Tensor, Tensor, Tensor | None, Te
 
 def _spectrum(kernel: Tensor) -> Tensor:
     kernel = _with_rows(kernel)
-    return torch.ops.lmu_hf.convolution_spectrum(kernel, transform_size(2 * kernel.shape[1] - 1))
+    return torch.ops.lmu_hf.convolution_spectrum(kernel, transform_size(2 * kernel.shape[1] - 1), 0)
 
 
 def _with_rows(tensor: Tensor) -> Tensor:

@@ -84,13 +84,18 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     names = ("given", "weight", "bias", "u", "kernel", "hidden_weight")
     wanted = dict(zip(names, ctx.needs_input_grad[1:], strict=False))
     steps, width = u.shape[1], hidden_weight.shape[1]
-    # Those that are sums over rows begin with zeros.
+    # Those that are added to begin with zeros.
     made = {
         "given": torch.empty_like(given, memory_format=torch.contiguous_format) if wanted["given"] else None,
-        "u": torch.empty_like(u, memory_format=torch.contiguous_format) if wanted["u"] else None,
         **{
             name: torch.zeros_like(tensor, memory_format=torch.contiguous_format) if wanted[name] else None
-            for name, tensor in (("weight", weight), ("bias", bias), ("kernel", kernel), ("hidden_weight", hidden_weight))
+            for name, tensor in (
+                ("weight", weight),
+                ("bias", bias),
+                ("u", u),
+                ("kernel", kernel),
+                ("hidden_weight", hidden_weight),
+            )
         },
     }
     correlation = convolve_back(kernel)

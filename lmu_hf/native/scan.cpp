@@ -73,8 +73,8 @@ TORCH_LIBRARY(lmu_hf, library) {
       "Tensor(d!) carried, Tensor? grad_starts, Tensor(e!) arrived, Tensor[] encoding, Tensor? mask, str activation, "
       "Tensor? given, Tensor? to_given, Tensor? u, Tensor(f!)? grad_given, Tensor(g!)? grad_matrix) -> ()");
   // A kernel (D, T, W) as its spectrum, in an order of its own; u (B, T, D) convolved with it, which is added to out (B, T, W); and
-  // the adjoint, where grad_u is overwritten and grad_kernel added to.
-  library.def("convolution_spectrum(Tensor kernel, int size) -> Tensor");
+  // the adjoint, which adds to both gradients.
+  library.def("convolution_spectrum(Tensor kernel, int size, int offset) -> Tensor");
   library.def("convolution_forward(Tensor u, Tensor spectrum, Tensor(a!) out) -> ()");
   library.def(
       "convolution_backward(Tensor u, Tensor spectrum, Tensor grad, Tensor(a!)? grad_u, Tensor(b!)? grad_kernel) -> ()");

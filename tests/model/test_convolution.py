@@ -98,4 +98,4 @@ def test_what_is_not_finite_stays_in_its_row(bad, transforms):
 
 
 def test_transform_sizes():
-    assert [transform_size(least) for least in (1, 7, 11, 13, 49, 1567, 2047)] == [1, 8, 12, 15, 50, 1600, 2048]
+    assert [transform_size(least) for least in (1, 7, 11, 13, 49, 1567, 2047)] == [2, 8, 12, 16, 50, 1600, 2048]
