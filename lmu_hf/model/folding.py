@@ -110,17 +110,16 @@ def one_step_on(weight: Tensor, system: DelaySystem) -> tuple[Tensor, Tensor]:
     return of_memory, of_u[:, 0]
 
 
-def feedback_operators(
+def feedback_weights(
     cell: LMUCell,
     memory_weight: Tensor,
     encoder: Tensor,
     hidden_weight: Tensor | None,
     system: DelaySystem,
-    chunk: int,
     *,
     u_first: bool,
-) -> tuple[ChunkOperators, Tensor]:
-    """The matrices of a chunk whose u depends on the state, differentiable in the weights. W = D + G.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a step whose u depends on the state makes its sums of, differentiable in the weights. W = D + G.
 
     Args:
         cell: the cell.
@@ -128,16 +127,14 @@ def feedback_operators(
         encoder: h -> u (H, D); without hidden_to_memory there are no such rows, and no h.
         hidden_weight: h -> gates (H, G), or None.
         system: the delay system.
-        chunk: steps per chunk C.
-        u_first: the u of a step has to be known before its gates.
+        u_first: the u of a step has to be known before its gates: what h contributes through u is left out.
 
     Returns:
-        The operators, with ``encoder`` if ``u_first``, and what u contributes to the gates of its own step (D, G).
+        The memory before the step -> sums (D, N, W); h -> sums (H, W); and u -> the gates of its own step (D, G).
     """
     dims, order = cell.memory_d, cell.order
-    dtype, device = memory_weight.dtype, memory_weight.device
     given = cell.recurrent_kernel
-    recurrent = memory_weight.new_zeros(dims * order, dims) if given is None else given.to(dtype)
+    recurrent = memory_weight.new_zeros(dims * order, dims) if given is None else given.to(memory_weight.dtype)
 
     # u sees the memory before the step, the gates the one after it, to which the u of the step has contributed. Of the memory
     # before the step, then, all sums of the step are one product.
@@ -150,15 +147,21 @@ def feedback_operators(
         to_gates = torch.addmm(to_gates, recurrent, direct)
         hidden_to_gates = torch.addmm(hidden_to_gates, encoder, direct)
     to_sums = torch.cat([recurrent, to_gates], dim=1).view(dims, order, -1)
+    return to_sums, torch.cat([hidden_to_u, hidden_to_gates], dim=1), direct
+
+
+def feedback_operators(to_sums: Tensor, hidden: Tensor, system: DelaySystem, chunk: int) -> ChunkOperators:
+    """The matrices of a chunk of C steps whose u depends on the state, without ``encoder``, ``direct`` and ``mask``: of
+    :func:`feedback_weights`, the memory before a step -> sums (D, N, W), and h -> sums (H, W)."""
+    dtype, device = to_sums.dtype, to_sums.device
     response = system.newest_last(chunk, dtype, device)
     kernel = by_dimension(response[:, 1:], to_sums).transpose(0, 1).flatten(0, 1)
-    operators = ChunkOperators(
-        step=torch.cat([kernel, torch.cat([hidden_to_u, hidden_to_gates], dim=1)]),
+    return ChunkOperators(
+        step=torch.cat([kernel, hidden]),
         power=system.power(chunk, dtype, device),
         response=response,
-        fold=applied_powers(to_sums, system, chunk).reshape(dims * order, -1),
+        fold=applied_powers(to_sums, system, chunk).flatten(0, 1).flatten(1),
     )
-    return (operators._replace(encoder=encoder, direct=direct) if u_first else operators), direct
 
 
 def encoder_matrix(cell: LMUCell, like: Tensor) -> Tensor:

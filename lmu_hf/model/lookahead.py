@@ -19,7 +19,7 @@ advance the memory by a chunk.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from .folding import (
     by_dimension,
     encoder_matrix,
     feedback_operators,
+    feedback_weights,
     final_memory,
     input_matrices,
     input_operators,
@@ -42,6 +43,7 @@ from .legendre import DelaySystem
 from .memory import linear_memory, measured
 from .ragged import blank, last_valid, where_started
 from .recurrent_scan import recurrent_scan
+from .relaxed import RelaxedOperators, relaxed_scan
 from .state import Dropout, LMUState
 
 if TYPE_CHECKING:
@@ -73,6 +75,36 @@ def lookahead_recurrence(
         u, starts, sequences = _run(cell, x, state.memory, state.hidden, weights, system, dropout, chunk)
         output = _output(sequences, lengths, return_sequence).to(x.dtype)
         return output, _state(u, starts, sequences, state, lengths, system) if return_state else None
+
+
+def relaxed_recurrence(
+    cell: LMUCell,
+    weights: GateWeights,
+    x: Tensor,
+    hidden: State,
+    lengths: Tensor | None,
+    system: DelaySystem,
+    dropout: Dropout,
+    *,
+    return_sequence: bool,
+    return_state: bool = True,
+) -> tuple[Tensor, LMUState | None]:
+    """Runs an LMU with ``hidden_to_memory`` whose memory begins empty by a relaxed convolution, for which it need not exist. Takes
+    compiled loops; otherwise like :func:`lookahead_recurrence`."""
+    with torch.autocast(x.device.type, enabled=False):
+        own = _Feedback.of(cell, x, weights, system, dropout)
+        dtype = own.x.dtype
+        kernel = by_dimension(system.impulse_response(x.shape[1] - 1, dtype, x.device), own.to_sums)
+        operators = RelaxedOperators(kernel, own.hidden, own.encoder, own.direct, own.mask)
+        before = tuple(part.to(dtype) for part in hidden)
+        u, sequences = relaxed_scan(
+            own.cell, own.x, own.weight, own.bias, operators, before, activation=cell.encoder_act
+        )
+        output = _output(sequences, lengths, return_sequence).to(x.dtype)
+        if not return_state:
+            return output, None
+        memory = linear_memory(u, system, None, lengths, return_sequence=False)[1]
+        return output, LMUState(memory, _final(sequences, hidden, lengths))
 
 
 def lookahead_input(
@@ -191,6 +223,53 @@ def gated_scan(
     return _output(sequences, lengths, return_sequence).to(state[0].dtype), _final(sequences, state, lengths)
 
 
+class _Feedback(NamedTuple):
+    """What the steps of a layer with feedback are made of: inputs (B, T, I) -> sums by a weight (I, W) and a bias (W,) or None; what
+    the memory before a step and h contribute to them, see :func:`feedback_weights`; and, where u has to be known before the gates,
+    h -> u (H, D), u -> gates (D, G) and what multiplies h on its way to u (B, H), or Nones."""
+
+    cell: Pointwise
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    to_sums: Tensor
+    hidden: Tensor
+    encoder: Tensor | None
+    direct: Tensor | None
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, cell: LMUCell, x: Tensor, weights: GateWeights, system: DelaySystem, dropout: Dropout) -> _Feedback:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        kind, input_weight, hidden_weight, bias = weights.to(dtype)
+        u_first = encodes_first(cell, dropout)
+        # Both are cut once, so that their gradients are joined once.
+        of_memory, of_input = input_weight.tensor_split([cell.memory_d * cell.order])
+        of_x, of_h = encoder_matrix(cell, input_weight).tensor_split([cell.input_size])
+        to_sums, hidden, direct = feedback_weights(cell, of_memory, of_h, hidden_weight, system, u_first=u_first)
+
+        # What the inputs contribute, in one product: x -> u, and x -> gates, directly and through u.
+        x, mask = x.to(dtype), None
+        # What goes straight to the gates is not dropped.
+        apart = dropout.encoder is not None and bool(cell.hidden_to_memory and cell.input_to_hidden)
+        if dropout.encoder is not None:
+            dropped = x * dropout.encoder[:, None, : cell.input_size].to(dtype)
+            x = torch.cat([dropped, x], dim=2) if apart else dropped
+            if cell.hidden_to_memory:
+                mask = dropout.encoder[:, cell.input_size :].to(dtype).contiguous()
+        to_u, to_gates = input_matrices(of_x, of_input, apart=apart)
+        if not u_first:
+            to_gates = torch.addmm(to_gates, to_u, direct)
+        constant = None if bias is None else F.pad(bias, (cell.memory_d, 0))
+        if cell.bias is not None:
+            of_u = cell.bias.to(dtype)
+            of_gates = torch.zeros_like(direct[0]) if u_first else of_u @ direct
+            constant = torch.cat([of_u, of_gates if bias is None else of_gates + bias])
+        weight = torch.cat([to_u, to_gates], dim=1)
+        encoding = (of_h, direct, mask) if u_first else (None, None, mask)
+        return cls(Pointwise(kind), x, weight, constant, to_sums, hidden, *encoding)
+
+
 def _run(
     cell: LMUCell,
     x: Tensor,
@@ -202,37 +281,12 @@ def _run(
     chunk: int,
 ) -> tuple[Tensor, Tensor, State]:
     """Returns u (B, K * C, D), the memory at the start of each chunk (B, K, D * N), and the state sequences (B, T, H)."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    steps = x.shape[1]
-    kind, input_weight, hidden_weight, bias = weights.to(dtype)
-    u_first = encodes_first(cell, dropout)
-    # Both are cut once, so that their gradients are joined once.
-    of_memory, of_input = input_weight.tensor_split([cell.memory_d * cell.order])
-    of_x, of_h = encoder_matrix(cell, input_weight).tensor_split([cell.input_size])
-    operators, direct = feedback_operators(cell, of_memory, of_h, hidden_weight, system, chunk, u_first=u_first)
-
-    # What the inputs contribute, in one product: x -> u, and x -> gates, directly and through u.
-    x, mask = x.to(dtype), None
-    # What goes straight to the gates is not dropped.
-    apart = dropout.encoder is not None and bool(cell.hidden_to_memory and cell.input_to_hidden)
-    if dropout.encoder is not None:
-        dropped = x * dropout.encoder[:, None, : cell.input_size].to(dtype)
-        x = torch.cat([dropped, x], dim=2) if apart else dropped
-        if cell.hidden_to_memory:
-            mask = dropout.encoder[:, cell.input_size :].to(dtype).contiguous()
-    to_u, to_gates = input_matrices(of_x, of_input, apart=apart)
-    if not u_first:
-        to_gates = torch.addmm(to_gates, to_u, direct)
-    constant = None if bias is None else F.pad(bias, (cell.memory_d, 0))
-    if cell.bias is not None:
-        of_u = cell.bias.to(dtype)
-        of_gates = torch.zeros_like(direct[0]) if u_first else of_u @ direct
-        constant = torch.cat([of_u, of_gates if bias is None else of_gates + bias])
-    weight = torch.cat([to_u, to_gates], dim=1)
-    operators = operators._replace(mask=mask)
-    hidden = tuple(part.to(dtype) for part in hidden)
-    start = (None, memory.to(dtype), operators, hidden, steps)
-    u, starts, sequences = chunked_scan(Pointwise(kind), x, weight, constant, *start, activation=cell.encoder_act)
+    own = _Feedback.of(cell, x, weights, system, dropout)
+    operators = feedback_operators(own.to_sums, own.hidden, system, chunk)
+    operators = operators._replace(encoder=own.encoder, direct=own.direct, mask=own.mask)
+    dtype = own.x.dtype
+    start = (None, memory.to(dtype), operators, tuple(part.to(dtype) for part in hidden), x.shape[1])
+    u, starts, sequences = chunked_scan(own.cell, own.x, own.weight, own.bias, *start, activation=cell.encoder_act)
     assert u is not None
     assert starts is not None
     return u, starts, sequences

@@ -300,6 +300,33 @@ class CompiledScan(TimeLoop):
             *self.backwards,
         )
 
+    def relaxed_forward(self, known: Tensor, u: Tensor, spectra: list[Tensor]) -> None:
+        """All steps of :mod:`relaxed`: known (B, T, W), overwritten, and the spectra of what u (B, T, D) contributes later."""
+        torch.ops.lmu_hf.relaxed_forward(
+            self.cell.kind, self.chunk, known, self.matrix, spectra, self.states, self.kept, u, *self.forwards
+        )
+
+    def relaxed_backward(
+        self, u: Tensor, grad_u: Tensor, grad_sums: Tensor, spectra: list[Tensor], grad_kernel: Tensor | None
+    ) -> None:
+        """The adjoint: writes grad_sums (B, T, W), and adds to grad_u (B, T, D) and to the gradient of the kernel."""
+        torch.ops.lmu_hf.relaxed_backward(
+            self.cell.kind,
+            self.chunk,
+            *self.transposed,
+            spectra,
+            self.states,
+            self.kept,
+            self.grads,
+            u,
+            grad_u,
+            grad_sums,
+            self.carries[0],
+            self.carries[-1],
+            *self.backwards,
+            grad_kernel,
+        )
+
     def initial_gradients(self) -> State:
         return tuple(self.carries)
 
