@@ -61,7 +61,7 @@ class _ConvolvedScan(torch.autograd.Function):
         width = hidden_weight.shape[1]
         convolution = convolve(kernel)
         sums: Any = None
-        for rows in row_tiles(u, width):
+        for rows in _tiles(u, width):
             sums = _room(sums, u[rows], width)
             known_sums(None if given is None else given[rows], weight, bias, sums)
             convolution(u[rows], sums)
@@ -101,7 +101,7 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     correlation = convolve_back(kernel)
     of_states: list[State] = []
     sums: Any = None
-    for rows in row_tiles(u, width):
+    for rows in _tiles(u, width):
         sums = _room(sums, u[rows], width)
         loop = _loop(ctx.cell, hidden_weight, states, kept, rows)
         of_rows = tuple(None if grad is None else grad[rows] for grad in grads)
@@ -125,8 +125,8 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     return *(made[name] for name in names), *(torch.cat(parts) for parts in zip(*of_states, strict=True))
 
 
-def row_tiles(u: Tensor, width: int) -> list[slice]:
-    """Which rows of u (B, T, ..) go together, whose sums have this width."""
+def _tiles(u: Tensor, width: int) -> list[slice]:
+    """Which rows go together."""
     batch, threads = len(u), torch.get_num_threads()
     if u.is_cuda:
         return [slice(0, batch)]

@@ -43,7 +43,7 @@ from .legendre import DelaySystem
 from .memory import linear_memory, measured
 from .ragged import blank, last_valid, where_started
 from .recurrent_scan import recurrent_scan
-from .relaxed import RelaxedOperators, relaxed_scan
+from .relaxed import relaxed_scan
 from .state import Dropout, LMUState
 
 if TYPE_CHECKING:
@@ -89,17 +89,18 @@ def relaxed_recurrence(
     return_sequence: bool,
     return_state: bool = True,
 ) -> tuple[Tensor, LMUState | None]:
-    """Runs an LMU with ``hidden_to_memory`` whose memory begins empty by a relaxed convolution, for which it need not exist. Takes
-    compiled loops; otherwise like :func:`lookahead_recurrence`."""
+    """Runs an LMU with ``hidden_to_memory`` whose memory begins empty by a relaxed convolution, for which it need not exist.
+
+    Takes compiled loops, and a u that need not be known before the gates, see :func:`encodes_first`. Otherwise like
+    :func:`lookahead_recurrence`.
+    """
+    assert not encodes_first(cell, dropout)
     with torch.autocast(x.device.type, enabled=False):
         own = _Feedback.of(cell, x, weights, system, dropout)
         dtype = own.x.dtype
         kernel = by_dimension(system.impulse_response(x.shape[1] - 1, dtype, x.device), own.to_sums)
-        operators = RelaxedOperators(kernel, own.hidden, own.encoder, own.direct, own.mask)
         before = tuple(part.to(dtype) for part in hidden)
-        u, sequences = relaxed_scan(
-            own.cell, own.x, own.weight, own.bias, operators, before, activation=cell.encoder_act
-        )
+        u, sequences = relaxed_scan(own.cell, own.x, own.weight, own.bias, kernel, own.hidden, before)
         output = _output(sequences, lengths, return_sequence).to(x.dtype)
         if not return_state:
             return output, None

@@ -300,30 +300,61 @@ class CompiledScan(TimeLoop):
             *self.backwards,
         )
 
-    def relaxed_forward(self, known: Tensor, u: Tensor, spectra: list[Tensor]) -> None:
-        """All steps of :mod:`relaxed`: known (B, T, W), overwritten, and the spectra of what u (B, T, D) contributes later."""
+    def relaxed_forward(
+        self, given: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, spectra: list[Tensor]
+    ) -> None:
+        """All steps of :mod:`relaxed`: writes u (B, T, D) and the hidden states.
+
+        Args:
+            given: inputs of all steps (B, T, I).
+            weight: (I, W).
+            bias: (W,) or None.
+            u: the memory's input.
+            spectra: of what it contributes to later sums, for 1, 2, 4, .. blocks.
+        """
         torch.ops.lmu_hf.relaxed_forward(
-            self.cell.kind, self.chunk, known, self.matrix, spectra, self.states, self.kept, u, *self.forwards
+            self.cell.kind,
+            self.chunk,
+            given,
+            panels(weight),
+            None if bias is None else bias.contiguous(),
+            self.matrix,
+            self.step.shape[1],
+            spectra,
+            self.states,
+            self.kept,
+            u,
         )
 
     def relaxed_backward(
-        self, u: Tensor, grad_u: Tensor, grad_sums: Tensor, spectra: list[Tensor], grad_kernel: Tensor | None
+        self,
+        given: Tensor,
+        weight: Tensor,
+        u: Tensor,
+        grad_u: Tensor,
+        spectra: list[Tensor],
+        grad_given: Tensor | None,
+        grad_matrix: Tensor | None,
+        grad_kernel: Tensor | None,
     ) -> None:
-        """The adjoint: writes grad_sums (B, T, W), and adds to grad_u (B, T, D) and to the gradient of the kernel."""
+        """The adjoint. Writes ``grad_given``; adds to the others, of which ``grad_matrix`` is as in :meth:`adds_up`."""
         torch.ops.lmu_hf.relaxed_backward(
             self.cell.kind,
             self.chunk,
+            given,
+            None if grad_given is None else panels(weight.mT),
             *self.transposed,
+            self.step.shape[1],
             spectra,
             self.states,
             self.kept,
             self.grads,
             u,
             grad_u,
-            grad_sums,
             self.carries[0],
             self.carries[-1],
-            *self.backwards,
+            grad_given,
+            grad_matrix,
             grad_kernel,
         )
 

@@ -180,7 +180,7 @@ class Convolution {
         for (int64_t lag = 0; lag < std::min(lags, transform.size - offset); ++lag)
           add<T>(
               *reinterpret_cast<const Vec*>(points + transform.at(offset + lag)) / T(transform.size),
-              grad.at(dim, lag) + column, width - column);
+              grad.at(dim, lag) + column, grad.features - column);
       }
     });
   }

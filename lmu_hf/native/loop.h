@@ -41,10 +41,11 @@ inline void fetch(const T* from, int64_t count) {
   for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i);
 }
 
+// Calls function(begin, end) for tiles of the rows, each thread for some of them.
 template <typename Function>
-void over_rows(int64_t batch, const Function& function) {
+void over_rows(int64_t batch, const Function& function, int64_t tile_size = TILE) {
   at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
-    const int64_t tiles = (end - begin + TILE - 1) / TILE;
+    const int64_t tiles = (end - begin + tile_size - 1) / tile_size;
     for (int64_t tile = 0; tile < tiles; ++tile)
       function(begin + (end - begin) * tile / tiles, begin + (end - begin) * (tile + 1) / tiles);
   });
@@ -77,7 +78,7 @@ struct Start {
   int64_t flat, stride;
 };
 
-// What steps make their sums of where these are not known in advance: x @ weight + bias.
+// What steps make their sums of where these are not known in advance, or not all of them: x @ weight + bias.
 template <typename T>
 struct Inputs {
   Sequence<T> x;
@@ -223,6 +224,8 @@ struct CellLoop final : Loop<T> {
         const T* from = known ? known.at(begin + r, j) : inputs ? inputs->bias : nullptr;
         T* to = &sums[r * sum_stride];
         from ? std::copy_n(from, width, to) : std::fill_n(to, width, T(0));
+        if (known && inputs && inputs->bias)
+          for (int64_t i = 0; i < width; ++i) to[i] += inputs->bias[i];
       }
       if (inputs) {
         const Sequence<T>& x = inputs->x;

@@ -15,7 +15,7 @@ class Levels {
   Levels(at::TensorList spectra, int64_t chunk, int64_t steps, int64_t width) : chunk(chunk), steps(steps) {
     for (const at::Tensor& spectrum : spectra) {
       TORCH_CHECK(spectrum.size(2) == chunk << convolutions.size(), "expected spectra of twice as many steps each");
-      convolutions.push_back(std::make_unique<Convolution<T>>(spectrum, width));
+      convolutions.push_back(std::make_unique<Convolution<T>>(spectrum, parts(width, LANES<T>) * LANES<T>));
     }
     TORCH_CHECK(chunk << convolutions.size() >= steps, "expected a spectrum for each power of two");
   }
@@ -27,18 +27,21 @@ class Levels {
     return total;
   }
 
-  // Adds to sums (B, T, W), from step `at` on, for some rows: what u (B, T, D) before it is due to contribute there.
+  // Adds to the sums of some rows (B, T, stride), from step `at` on, what u (B, T, D) before it is due to contribute there. Sums that
+  // receive something for the first time need not have been there before.
   void forward(int64_t begin, int64_t end, int64_t at, const Sequence<T>& u, const Sequence<T>& sums) const {
     const Convolution<T>& convolution = *convolutions[level_at(at)];
     const int64_t length = convolution.transform.points, signal = 2 * length * convolution.dims;
     const Span<T> out{sums, at, std::min(length, steps - at), length};
     Buffer<T> signals((end - begin) * signal), points(convolution.transform.numbers());
     transform_signals<T>(convolution.transform, {u, at - length, length}, begin, end, signals.data());
+    for (int64_t b = begin; at == length && b < end; ++b) std::fill(sums.at(b, at), sums.at(b, at + out.count), T(0));
     for (int64_t group = 0; group < convolution.groups; ++group)
       for (int64_t b = begin; b < end; ++b) convolution.add_to(&signals[(b - begin) * signal], group, out, b, points.data());
   }
 
-  // The adjoint, which adds to grad_u and, where it is wanted, to the spectra of the gradients of the kernels.
+  // The adjoint: of the gradients of the sums of some rows (B, T, stride), it adds to grad_u (B, T, D) and, where it is wanted, to the
+  // spectra of the gradients of the kernels.
   void backward(
       int64_t begin, int64_t end, int64_t at, const Sequence<T>& u, const Sequence<T>& grad_sums, const Sequence<T>& grad_u,
       T* kernels) const {
@@ -56,8 +59,8 @@ class Levels {
       for (int64_t group = 0; group < convolution.groups; ++group)
         for (int64_t b = first; b < past; ++b)
           convolution.back(
-              kernels ? &signals[(b - begin) * signal] : nullptr, group, from, b, points.data(), &sent[(b - first) * sending],
-              kernels);
+              kernels ? &signals[(b - begin) * signal] : nullptr, group, from, b, points.data(),
+              &sent[(b - first) * sending], kernels);
       convolution.send(sent.data(), first, past, {grad_u, at - length, length});
     }
   }
@@ -82,52 +85,96 @@ class Levels {
   }
 };
 
+constexpr int64_t ABREAST = 16;  // rows, whose sums stay in the cache that cores share
+
+// Room for the sums of rows `begin` to `end`, by steps of whole vectors (rows, T, stride).
+template <typename T>
+Sequence<T> sums_of(const at::Tensor& room, int64_t begin, int64_t width) {
+  const int64_t step = room.size(2), row = room.size(1) * step;
+  return Sequence<T>(room.data_ptr<T>() - begin * row, row, step, width);
+}
+
+at::Tensor room_for_sums(const at::Tensor& like, int64_t rows, int64_t steps, int64_t width) {
+  at::Tensor room;
+  with_type(like, [&](auto scalar) {
+    constexpr int64_t lanes = LANES<decltype(scalar)>;
+    room = at::empty({rows, steps, parts(width, lanes) * lanes}, like.options());
+  });
+  room.narrow(2, width, room.size(2) - width).zero_();
+  return room;
+}
+
 void relaxed_forward(
-    const std::string kind, int64_t chunk, const at::Tensor& known, const at::Tensor& matrix, at::TensorList spectra,
-    at::TensorList states, at::TensorList kept, const at::Tensor& u, at::TensorList encoding,
-    const std::optional<at::Tensor>& mask, const std::string activation) {
-  with_loop(kind, 0, chunk, states, kept, encoding, mask, activation, [&](const auto& loop) {
+    const std::string kind, int64_t chunk, const at::Tensor& given, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const at::Tensor& matrix, int64_t width, at::TensorList spectra, at::TensorList states, at::TensorList kept,
+    const at::Tensor& u) {
+  TORCH_CHECK(!bias || bias->is_contiguous(), "expected a contiguous bias");
+  with_loop(kind, 0, chunk, states, kept, {}, std::nullopt, "linear", [&](const auto& loop) {
     using T = typename std::decay_t<decltype(loop)>::Type;
-    const int64_t steps = known.size(1);
-    const Levels<T> levels(spectra, chunk, steps, known.size(2));
-    const Sequence<T> sums(known), inputs(u);
-    const Panels<T> panels(matrix);
-    over_rows(known.size(0), [&](int64_t begin, int64_t end) {
+    const int64_t batch = u.size(0), steps = u.size(1);
+    const Levels<T> levels(spectra, chunk, steps, width);
+    const Sequence<T> inputs(u), x(given);
+    const Panels<T> panels(matrix), of_x(weight);
+    std::vector<at::Tensor> room(at::get_num_threads());  // of each thread
+    const auto run = [&](int64_t begin, int64_t end) {
+      at::Tensor& own = room[at::get_thread_num()];
+      if (!own.defined() || own.size(0) < end - begin) own = room_for_sums(u, end - begin, steps, width);
+      const Sequence<T> sums = sums_of<T>(own, begin, width);
       for (int64_t at = 0; at < steps; at += chunk) {
         if (at) levels.forward(begin, end, at, inputs, sums);
-        loop.forward_rows(begin, end, at, std::min(chunk, steps - at), sums.from(at), panels, inputs, nullptr);
+        const Inputs<T> reading{x.from(at), of_x, bias ? bias->data_ptr<T>() : nullptr};
+        loop.forward_rows(
+            begin, end, at, std::min(chunk, steps - at), at ? sums.from(at) : Sequence<T>::none(width), panels, inputs, nullptr,
+            &reading);
       }
-    });
+    };
+    over_rows(batch, run, ABREAST);
   });
 }
 
 void relaxed_backward(
-    const std::string kind, int64_t chunk, const at::Tensor& to_hidden, const at::Tensor& to_u, at::TensorList spectra,
-    at::TensorList states, at::TensorList kept, at::TensorList grads, const at::Tensor& u, const at::Tensor& grad_u,
-    const at::Tensor& grad_sums, const at::Tensor& carry, const at::Tensor& carried, at::TensorList encoding,
-    const std::optional<at::Tensor>& mask, const std::string activation, const std::optional<at::Tensor>& grad_kernel) {
-  with_loop(kind, 0, chunk, states, kept, encoding, mask, activation, [&](const auto& loop) {
+    const std::string kind, int64_t chunk, const at::Tensor& given, const std::optional<at::Tensor>& to_given,
+    const at::Tensor& to_hidden, const at::Tensor& to_u, int64_t width, at::TensorList spectra, at::TensorList states,
+    at::TensorList kept, at::TensorList grads, const at::Tensor& u, const at::Tensor& grad_u, const at::Tensor& carry,
+    const at::Tensor& carried, const std::optional<at::Tensor>& grad_given, const std::optional<at::Tensor>& grad_matrix,
+    const std::optional<at::Tensor>& grad_kernel) {
+  TORCH_CHECK(u.is_contiguous() && grad_given.has_value() == to_given.has_value(), "expected all that the gradients take");
+  with_loop(kind, 0, chunk, states, kept, {}, std::nullopt, "linear", [&](const auto& loop) {
     using T = typename std::decay_t<decltype(loop)>::Type;
-    const int64_t steps = grad_sums.size(1);
-    const Levels<T> levels(spectra, chunk, steps, grad_sums.size(2));
+    const int64_t batch = u.size(0), steps = u.size(1);
+    const Levels<T> levels(spectra, chunk, steps, width);
     const Adjoint<T> adjoint(Panels<T>{to_hidden}, Panels<T>{to_u}, grads, carry, carried);
-    const Sequence<T> sums(grad_sums), inputs(u), to_inputs(grad_u);
-    std::vector<Buffer<T>> kernels(at::get_num_threads());  // of each thread
-    over_rows(grad_sums.size(0), [&](int64_t begin, int64_t end) {
-      Buffer<T>& own = kernels[at::get_thread_num()];
-      if (grad_kernel) own.resize(levels.numbers());
+    const Sequence<T> inputs(u), to_inputs(grad_u), x(given);
+    std::vector<at::Tensor> room(at::get_num_threads());  // of each thread
+    std::vector<Buffer<T>> kernels(room.size());
+    PartialSums<T> matrices;
+    const auto run = [&](int64_t begin, int64_t end) {
+      at::Tensor& own = room[at::get_thread_num()];
+      if (!own.defined() || own.size(0) < end - begin) own = room_for_sums(u, end - begin, steps, width);
+      const Sequence<T> sums = sums_of<T>(own, begin, width);
+      Buffer<T>& of_kernels = kernels[at::get_thread_num()];
+      if (grad_kernel) of_kernels.resize(levels.numbers());
+      std::optional<WeightGradient<T>> weights;
+      if (grad_matrix) weights.emplace(grad_matrix->size(0), grad_matrix->size(1));
       for (int64_t at = (steps - 1) / chunk * chunk; at >= 0; at -= chunk) {
+        InputsAdjoint<T> reading{x.from(at), inputs.from(at), weights ? &*weights : nullptr};
+        if (grad_given) reading.to_x.emplace(*to_given), reading.grad_x = Sequence<T>(*grad_given).from(at);
         loop.backward_rows(
-            begin, end, at, std::min(chunk, steps - at), adjoint, to_inputs.from(at), sums.from(at), nullptr);
-        if (at) levels.backward(begin, end, at, inputs, sums, to_inputs, grad_kernel ? own.data() : nullptr);
+            begin, end, at, std::min(chunk, steps - at), adjoint, to_inputs.from(at), sums.from(at), nullptr, &reading);
+        if (at) levels.backward(begin, end, at, inputs, sums, to_inputs, grad_kernel ? of_kernels.data() : nullptr);
       }
-    });
+      if (weights) matrices.add(*weights);
+    };
+    over_rows(batch, run, ABREAST);
+    if (grad_matrix) matrices.add_to(*grad_matrix);
     if (!grad_kernel) return;
     Buffer<T>* total = nullptr;  // in the order of threads, so that equal runs round alike
     for (Buffer<T>& part : kernels) {
       if (part.empty()) continue;
-      if (total) for (size_t i = 0; i < part.size(); ++i) (*total)[i] += part[i];
-      else total = &part;
+      if (total)
+        for (size_t i = 0; i < part.size(); ++i) (*total)[i] += part[i];
+      else
+        total = &part;
     }
     if (total) levels.add_kernel_gradient(total->data(), *grad_kernel);
   });

@@ -79,16 +79,16 @@ TORCH_LIBRARY(lmu_hf, library) {
   library.def("convolution_forward(Tensor u, Tensor spectrum, Tensor(a!) out) -> ()");
   library.def(
       "convolution_backward(Tensor u, Tensor spectrum, Tensor grad, Tensor(a!)? grad_u, Tensor(b!)? grad_kernel) -> ()");
-  // All steps of a coupled layer whose memory begins empty: known (B, T, W), overwritten, u (B, T, D), and the spectra of the kernel
-  // (D, T - 1, W), from lag 1 on, for transforms of 2 C, 4 C, .. points. The adjoint adds to grad_u, which begins with what comes
-  // from elsewhere, and to grad_kernel.
+  // All steps of a coupled layer whose memory begins empty: given (B, T, I) with its weight and bias, u (B, T, D), and the spectra
+  // of the kernel (D, T - 1, W), from lag 1 on, for transforms of 2 C, 4 C, .. points. The adjoint adds to grad_u, which begins with
+  // what comes from elsewhere, to grad_matrix, as that of a segment does, and to grad_kernel.
   library.def(
-      "relaxed_forward(str kind, int chunk, Tensor(a!) known, Tensor matrix, Tensor[] spectra, Tensor[] states, "
-      "Tensor(b!)[] kept, Tensor(c!) u, Tensor[] encoding, Tensor? mask, str activation) -> ()");
+      "relaxed_forward(str kind, int chunk, Tensor given, Tensor weight, Tensor? bias, Tensor matrix, int width, "
+      "Tensor[] spectra, Tensor[] states, Tensor(a!)[] kept, Tensor(b!) u) -> ()");
   library.def(
-      "relaxed_backward(str kind, int chunk, Tensor to_hidden, Tensor to_u, Tensor[] spectra, Tensor[] states, Tensor[] kept, "
-      "Tensor[] grads, Tensor u, Tensor(a!) grad_u, Tensor(b!) grad_sums, Tensor(c!) carry, Tensor(d!) carried, "
-      "Tensor[] encoding, Tensor? mask, str activation, Tensor(e!)? grad_kernel) -> ()");
+      "relaxed_backward(str kind, int chunk, Tensor given, Tensor? to_given, Tensor to_hidden, Tensor to_u, int width, "
+      "Tensor[] spectra, Tensor[] states, Tensor[] kept, Tensor[] grads, Tensor u, Tensor(a!) grad_u, Tensor(b!) carry, "
+      "Tensor(c!) carried, Tensor(d!)? grad_given, Tensor(e!)? grad_matrix, Tensor(f!)? grad_kernel) -> ()");
   // total (M, N) = a (M, K) @ b (K, N), added to what is there if it is kept; whether that is faster than BLAS is.
   library.def("add_product(Tensor(a!) total, Tensor a, Tensor b, bool kept) -> ()");
   library.def("outdoes_blas() -> bool", &outdoes_blas);

@@ -16,15 +16,13 @@ struct Sequence {
       : data(tensor.data_ptr<T>()), row(tensor.stride(0)), step(tensor.stride(1)), features(tensor.size(2)) {
     TORCH_CHECK(features <= 1 || tensor.stride(2) == 1, "expected contiguous features");
   }
+  Sequence(T* data, int64_t row, int64_t step, int64_t features) : data(data), row(row), step(step), features(features) {}
   // None, whose rows would have so many features.
   static Sequence none(int64_t features) { return Sequence(nullptr, 0, 0, features); }
   explicit operator bool() const { return data != nullptr; }
   T* at(int64_t b, int64_t t) const { return data + b * row + t * step; }
   // The same from step t on.
   Sequence from(int64_t t) const { return Sequence(data + t * step, row, step, features); }
-
- private:
-  Sequence(T* data, int64_t row, int64_t step, int64_t features) : data(data), row(row), step(step), features(features) {}
 };
 
 // A matrix, or a vector as its only row, of any strides.
