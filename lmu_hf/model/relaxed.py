@@ -29,7 +29,7 @@ from .scratch import arriving, first_derivative
 from .time_loop import State
 
 # Steps of a block: up to twice as many.
-_LEAST = 12
+_LEAST = 16
 
 
 def block_steps(steps: int) -> int:

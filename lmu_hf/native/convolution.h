@@ -101,15 +101,15 @@ class Convolution {
 
   // Adds to a group of columns of row b. Takes the row's signals, as transformed, and room for a signal.
   void add_to(const T* signals, int64_t group, const Span<T>& out, int64_t b, T* points) const {
-    for (int64_t dim = 0; dim < dims; ++dim, signals += 2 * transform.points) {
-      const T* kernel = spectrum + (dim * groups + group) * transform.numbers();
-      for (int64_t f = 0; f < transform.points; ++f) {
-        T* at = points + f * POINT;
-        const auto made = times_signal<false>(f, Complex<T>::load(kernel + f * POINT), signals + 2 * f);
-        (dim ? made + Complex<T>::load(at) : made).store(at);
-      }
-    }
-    transform.inverse(points);
+    const auto product = [&](int64_t dim, int64_t f) {
+      const T* kernel = spectrum + (dim * groups + group) * transform.numbers() + f * POINT;
+      return times_signal<false>(f, Complex<T>::load(kernel), signals + 2 * (dim * transform.points + f));
+    };
+    transform.inverse(points, [&](int64_t f) {
+      Complex<T> total = product(0, f);
+      for (int64_t dim = 1; dim < dims; ++dim) total = total + product(dim, f);
+      return total;
+    });
     const int64_t column = group * LANES<T>;
     for (int64_t t = 0; t < out.count; ++t) {
       __builtin_prefetch(out.sequence.at(b, out.first + t + AHEAD) + column, 1);

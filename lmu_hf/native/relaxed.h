@@ -85,7 +85,7 @@ class Levels {
   }
 };
 
-constexpr int64_t ABREAST = 16;  // rows, whose sums stay in the cache that cores share
+constexpr int64_t ABREAST = ROWS;  // rows, whose sums stay in the cache that cores share
 
 // Room for the sums of rows `begin` to `end`, by steps of whole vectors (rows, T, stride).
 template <typename T>

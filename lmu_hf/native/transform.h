@@ -185,23 +185,32 @@ class RealTransform {
     half.forward(x);
     const Complex<T> ends = Complex<T>::load(x);
     Complex<T>{ends.re + ends.im, ends.re - ends.im}.store(x);
-    // The spectra of even and odd points, which are those of real signals.
-    const auto separate = [](const Complex<T>& a, const Complex<T>& b, T cosine, T sine) {
-      const Complex<T> even = (a + b).scaled(T(0.5)), odd = (a - b).scaled(T(0.5)).times(-sine, -cosine);
-      return std::pair(even + odd, even - odd);
-    };
-    in_pairs(x, separate);
+    for (int64_t k = 1; 2 * k <= points; ++k) {
+      T *low = x + place[k] * POINT, *high = x + place[points - k] * POINT;
+      const Complex<T> near = Complex<T>::load(low), far = Complex<T>::load(high).conjugate();
+      // Of even and odd points, which are real signals.
+      const Complex<T> even = (near + far).scaled(T(0.5));
+      const Complex<T> odd = (near - far).scaled(T(0.5)).times(-turns[k].second, -turns[k].first);
+      (even + odd).store(low), (even - odd).conjugate().store(high);
+    }
   }
 
   // Without the division by the size.
   void inverse(T* x) const {
-    const Complex<T> ends = Complex<T>::load(x);
+    inverse(x, [&](int64_t place) { return Complex<T>::load(x + place * POINT); });
+  }
+
+  // The same of a spectrum that is not at x: give(place) is its value there.
+  template <typename Give>
+  void inverse(T* x, const Give& give) const {
+    const Complex<T> ends = give(0);
     Complex<T>{ends.re + ends.im, ends.re - ends.im}.store(x);
-    const auto join = [](const Complex<T>& a, const Complex<T>& b, T cosine, T sine) {
-      const Complex<T> even = a + b, odd = (a - b).times(-sine, cosine);
-      return std::pair(even + odd, even - odd);
-    };
-    in_pairs(x, join);
+    for (int64_t k = 1; 2 * k <= points; ++k) {
+      const Complex<T> near = give(place[k]), far = give(place[points - k]).conjugate();
+      const Complex<T> even = near + far, odd = (near - far).times(-turns[k].second, turns[k].first);
+      (even + odd).store(x + place[k] * POINT);
+      (even - odd).conjugate().store(x + place[points - k] * POINT);
+    }
     half.inverse(x);
   }
 
@@ -209,17 +218,5 @@ class RealTransform {
   const Transform<T> half;
   const std::vector<int64_t> place;  // of frequency k of the half transform
   std::vector<std::pair<T, T>> turns;
-
-  // Frequency k and the conjugate of its mirror image become the first and the conjugate of the second of what `function` makes
-  // of both.
-  template <typename Function>
-  void in_pairs(T* x, const Function& function) const {
-    for (int64_t k = 1; 2 * k <= points; ++k) {
-      T *near = x + place[k] * POINT, *far = x + place[points - k] * POINT;
-      const auto [a, b] =
-          function(Complex<T>::load(near), Complex<T>::load(far).conjugate(), turns[k].first, turns[k].second);
-      a.store(near), b.conjugate().store(far);
-    }
-  }
 };
 }  // namespace
