@@ -64,6 +64,21 @@ def transform_size(least: int) -> int:
         size += 2
 
 
+# Steps of a block of a relaxed convolution, at least: up to as many meet one by one, by products.
+_LEAST_BLOCK = 16
+
+
+def block_size(steps: int) -> int:
+    """Steps of a block of a relaxed convolution, see :mod:`relaxed`, of so many steps in all.
+
+    Its powers of two have to transform well, and one of them should be little more than all steps.
+    """
+    blocks = 1
+    while steps > 2 * blocks * _LEAST_BLOCK:
+        blocks *= 2
+    return transform_size(2 * -(-steps // blocks)) // 2
+
+
 class _CompiledConvolution(torch.autograd.Function):
     """:func:`causal_convolution` on the CPU. Keeps its inputs only: spectra are many times as large, and quickly made anew."""
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from .compiled import LARGEST_ORDER, SMALL_ORDER
-from .convolution import transform_size
+from .compiled import LARGEST_ORDER, MOST_NUMBERS, SMALL_ORDER
+from .convolution import block_size, transform_size
 
 CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -137,7 +137,7 @@ def _transforms_cost(own: _Transforms, rows: int, steps: int, columns: int, sign
     stages, points = math.log2(size), size * groups * _LANES / 2
     each = own.stage * stages + own.point + own.far * max(stages - 12, 0) + own.signal * (signals - 1)
     numbers = max(rows * steps * columns - _LARGE, 0)
-    return own.call + points * ((rows + rows % 2) * each + own.kernel * stages * signals) + own.large * numbers
+    return own.call + points * (rows * each + own.kernel * stages * signals) + own.large * numbers
 
 
 def _cheapest(costs: dict[tuple[str, int], float]) -> tuple[str, int]:
@@ -243,6 +243,22 @@ class _Convolved(NamedTuple):
     reading: float
 
 
+class _Relaxed(NamedTuple):
+    """Nanoseconds of a relaxed convolution: per call; per point of a spectrum and stage, per point, and for each further memory
+    dimension; per point and stage of the kernel's spectra; per multiply-add that makes the kernel, and of the steps; per sum and
+    hidden state; and per number of the steps' matrix that is read anew in each."""
+
+    call: float
+    stage: float
+    point: float
+    signal: float
+    kernel: float
+    making: float
+    product: float
+    number: float
+    reading: float
+
+
 class _Merged(NamedTuple):
     """Nanoseconds of one product a step: per call and step, per multiply-add and per number; per number of the matrix once, and
     in each step where it is read anew."""
@@ -271,6 +287,10 @@ _WRITTEN = (
 _CONVOLVED = (
     _Convolved(_Transforms(1.05e6, 0.14, 1.89, 0.0, 0.367, 0.599, 0.0), 0.00755, 0.0, 0.0134, 0.198),
     _Convolved(_Transforms(2.92e6, 0.357, 2.4, 0.86, 1.67, 1.26, 0.0), 0.01, 0.38, 0.0336, 0.175),
+)
+_RELAXED = (
+    _Relaxed(1.0e6, 0.1, 1.0, 0.5, 0.5, 0.01, 0.02, 1.2, 0.1),
+    _Relaxed(3.0e6, 0.3, 2.0, 1.5, 1.2, 0.01, 0.05, 1.7, 0.2),
 )
 _MERGED = (
     _Merged(732e3, 230, 0.021, 0.376, 7.68, 0.0742),
@@ -305,6 +325,26 @@ def lookahead_costs(sizes: Recurrence, *, training: bool) -> dict[int, float]:
         chunks = -(-steps // size) * (own.chunk + own.reading * order * order)
         costs[size] = own.call + rows * (products + numbers + kernel) + chunks + own.building * size * dims * order * width
     return costs
+
+
+def relaxed_cost(sizes: Recurrence, *, training: bool) -> tuple[int, float]:
+    """What :func:`relaxed_recurrence` takes, without or with a backward pass: steps per block, nanoseconds."""
+    batch, steps, dims, order, hidden, gates = sizes
+    own, width, block, threads = _RELAXED[training], dims + gates, block_size(steps), torch.get_num_threads()
+    matrix = (hidden + (block - 1) * dims) * width
+    if matrix > MOST_NUMBERS:
+        return block, math.inf
+    blocks, signals, kernels = -(-steps // block), 0.0, 0.0
+    for level in range((blocks - 1).bit_length()):
+        stages = math.log2(2 * block << level)
+        # Every other so many blocks.
+        times = (blocks - 1 - (1 << level)) // (2 << level) + 1
+        signals += times * (block << level) * (own.stage * stages + own.point + own.signal * (dims - 1))
+        kernels += (block << level) * own.kernel * stages * dims
+    rows = -(-batch // threads) * threads  # threads have rows of their own
+    work = -(-width // _LANES) * _LANES * (rows * signals + kernels) + own.making * steps * dims * order * width
+    products = own.product * (hidden + block / 2 * dims) * width + own.number * (width + hidden)
+    return block, own.call + work + rows * steps * products + own.reading * steps * max(matrix - _NEAR, 0)
 
 
 def uncoupled_costs(
@@ -376,6 +416,7 @@ def recurrence_algorithm(
     compiled: bool,
     measured: bool,
     merges: bool = True,
+    relaxes: bool = True,
     at_rest: bool = False,
 ) -> tuple[str, int]:
     """How to run a layer with a hidden cell in affine gates: ``Plan.memory`` and ``Plan.chunk``.
@@ -388,13 +429,17 @@ def recurrence_algorithm(
         compiled: the compiled loops are there.
         measured: whether the models hold; "merged" is taken only where they do.
         merges: whether it may be taken at all.
-        at_rest: the memory begins empty, which "convolved" asks for.
+        relaxes: whether "relaxed" may be.
+        at_rest: the memory begins empty, which "convolved" and "relaxed" ask for.
     """
     costs: dict[tuple[str, int], float]
     if hidden_to_memory:
         if not measured:
             return "lookahead", lookahead_chunk(sizes, training=training, measured=False)
         costs = {("lookahead", size): cost for size, cost in lookahead_costs(sizes, training=training).items()}
+        if relaxes and compiled and at_rest:
+            block, cost = relaxed_cost(sizes, training=training)
+            costs["relaxed", block] = cost
     else:
         alone = sizes._replace(hidden_size=0, gates=0)
         first = min(lookahead_costs(alone, training=training).values()) if memory_to_memory else 0.0

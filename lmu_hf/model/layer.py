@@ -17,7 +17,7 @@ from .cells import is_recurrent
 from .folding import encoded_last, encodes_last
 from .gates import gate_weights
 from .lmu_cell import LMUCell
-from .lookahead import convolved_recurrence, gated_scan, lookahead_input, lookahead_recurrence, uncoupled_recurrence
+from .lookahead import lookahead_input, lookahead_recurrence, relaxed_recurrence
 from .memory import ALGORITHMS, linear_memory, wants_gradient
 from .merged import merged_recurrence
 from .plan import Plan, make_plan
@@ -26,6 +26,7 @@ from .recurrence import naive_recurrence, naive_scan
 from .segments import in_segments
 from .state import BidirectionalState, Dropout, LMUState, forget_
 from .stepper import LMUStepper
+from .uncoupled import convolved_recurrence, gated_scan, uncoupled_recurrence
 from .weights import a_weight
 
 
@@ -333,14 +334,14 @@ class LMU(nn.Module):
         sequence: Any = {"return_sequence": return_sequences}
         if self.algorithm == "naive" or (plan.memory == "naive" and (cell.coupled or self._hidden_is_recurrent)):
             return naive_recurrence(cell, x, state, lengths, system, dropout, **sequence)
+        wanted = {**sequence, "return_state": return_state}
         if plan.memory == "merged":
             assert weights is not None
-            wanted = {**sequence, "return_state": return_state}
             return merged_recurrence(cell, weights, x, state, lengths, system, dropout, **wanted)
-        if plan.memory == "lookahead":
+        if plan.memory in ("lookahead", "relaxed"):
             assert weights is not None
-            wanted = {**sequence, "return_state": return_state}
-            return lookahead_recurrence(cell, weights, x, state, lengths, system, dropout, plan.chunk, **wanted)
+            recurrence = lookahead_recurrence if plan.memory == "lookahead" else relaxed_recurrence
+            return recurrence(cell, weights, x, state, lengths, system, dropout, plan.chunk, **wanted)
         last = plan.memory == "final" and at_rest and encodes_last(cell, system)
         if cell.memory_to_memory:
             u = lookahead_input(cell, x, state.memory, system, dropout, training=trains_memory)
@@ -348,12 +349,11 @@ class LMU(nn.Module):
             u = x if last else cell.encode(x, dropout=dropout)
         if plan.memory == "convolved":
             assert weights is not None
-            wanted = {**sequence, "return_state": return_state}
-            return convolved_recurrence(cell, weights, x, u, state.hidden, lengths, system, **wanted)
+            return convolved_recurrence(cell, weights, x, u, state, lengths, system, **wanted)
         if plan.memory in ("folded", "written"):
             assert weights is not None
-            wanted = {**sequence, "return_state": return_state, "folds": plan.memory == "folded"}
-            return uncoupled_recurrence(cell, weights, x, u, state, lengths, system, plan.chunk, **wanted)
+            folds = plan.memory == "folded"
+            return uncoupled_recurrence(cell, weights, x, u, state, lengths, system, plan.chunk, folds=folds, **wanted)
         # None rather than zeros where there is no state: its response need not be computed.
         start = None if at_rest else state.memory
         hidden_cell = cell.hidden_cell

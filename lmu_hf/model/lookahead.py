@@ -10,8 +10,8 @@ needs of the memory is
 The m0 terms of all C steps are one product; the sums run over at most C inputs of memory_d numbers with a short kernel. What
 is left per step is one product of [u[1..j-1], h] with a matrix of C * memory_d + hidden_size rows, in place of those of order
 x order, order x hidden_size and hidden_size x hidden_size. The backward pass is the same recurrence transposed; the gradients
-of all weights are collected and computed as a few large products at the end. Where the memory is known in advance, a
-recurrence without memory is left, see :mod:`recurrent_scan`.
+of all weights are collected and computed as a few large products at the end. Where the memory begins empty, there is another way
+that needs no m0 at all, see :mod:`relaxed`.
 
 Names: W = D + G is the width of a step's result, its u (D) and its gates (G); F folds m0 into the results of a chunk; P and Q
 advance the memory by a chunk.
@@ -26,23 +26,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunked_scan import chunked_scan
-from .convolved import convolved_scan
 from .costs import Recurrence, lookahead_chunk
 from .folding import (
-    ChunkOperators,
     by_dimension,
     encoder_matrix,
     feedback_operators,
     feedback_weights,
     final_memory,
     input_matrices,
-    input_operators,
 )
 from .gates import GateWeights, Pointwise
 from .legendre import DelaySystem
 from .memory import linear_memory, measured
-from .ragged import blank, last_valid, where_started
-from .recurrent_scan import recurrent_scan
+from .ragged import final_states, output_of
 from .relaxed import relaxed_scan
 from .state import Dropout, LMUState
 
@@ -73,23 +69,28 @@ def lookahead_recurrence(
     """
     with torch.autocast(x.device.type, enabled=False):
         u, starts, sequences = _run(cell, x, state.memory, state.hidden, weights, system, dropout, chunk)
-        output = _output(sequences, lengths, return_sequence).to(x.dtype)
-        return output, _state(u, starts, sequences, state, lengths, system) if return_state else None
+        output = output_of(sequences, lengths, return_sequence).to(x.dtype)
+        if not return_state:
+            return output, None
+        memory = final_memory(u, starts, system, x.shape[1], lengths)
+        return output, LMUState(memory, final_states(sequences, state.hidden, lengths))
 
 
 def relaxed_recurrence(
     cell: LMUCell,
     weights: GateWeights,
     x: Tensor,
-    hidden: State,
+    state: LMUState,
     lengths: Tensor | None,
     system: DelaySystem,
     dropout: Dropout,
+    block: int,
     *,
     return_sequence: bool,
     return_state: bool = True,
 ) -> tuple[Tensor, LMUState | None]:
-    """Runs an LMU with ``hidden_to_memory`` whose memory begins empty by a relaxed convolution, for which it need not exist.
+    """Runs an LMU with ``hidden_to_memory`` whose memory begins empty by a relaxed convolution, for which it need not exist, in
+    blocks of so many steps.
 
     Takes compiled loops, and a u that need not be known before the gates, see :func:`encodes_first`. Otherwise like
     :func:`lookahead_recurrence`.
@@ -99,13 +100,13 @@ def relaxed_recurrence(
         own = _Feedback.of(cell, x, weights, system, dropout)
         dtype = own.x.dtype
         kernel = by_dimension(system.impulse_response(x.shape[1] - 1, dtype, x.device), own.to_sums)
-        before = tuple(part.to(dtype) for part in hidden)
-        u, sequences = relaxed_scan(own.cell, own.x, own.weight, own.bias, kernel, own.hidden, before)
-        output = _output(sequences, lengths, return_sequence).to(x.dtype)
+        before = tuple(part.to(dtype) for part in state.hidden)
+        u, sequences = relaxed_scan(own.cell, own.x, own.weight, own.bias, kernel, own.hidden, before, block)
+        output = output_of(sequences, lengths, return_sequence).to(x.dtype)
         if not return_state:
             return output, None
         memory = linear_memory(u, system, None, lengths, return_sequence=False)[1]
-        return output, LMUState(memory, _final(sequences, hidden, lengths))
+        return output, LMUState(memory, final_states(sequences, state.hidden, lengths))
 
 
 def lookahead_input(
@@ -122,112 +123,10 @@ def lookahead_input(
     return u[:, : x.shape[1]]
 
 
-def uncoupled_recurrence(
-    cell: LMUCell,
-    weights: GateWeights,
-    x: Tensor,
-    u: Tensor,
-    state: LMUState,
-    lengths: Tensor | None,
-    system: DelaySystem,
-    chunk: int,
-    *,
-    folds: bool,
-    return_sequence: bool,
-    return_state: bool = True,
-) -> tuple[Tensor, LMUState | None]:
-    """Runs an LMU without feedback into the memory, whose input ``u`` (B, T, D) is known in advance.
-
-    ``chunk`` steps at a time the memory is folded into the weights that read it, or else written. Otherwise like
-    :func:`lookahead_recurrence`.
-    """
-    dtype, steps, dims = torch.promote_types(x.dtype, torch.float32), x.shape[1], cell.memory_d
-    with torch.autocast(x.device.type, enabled=False):
-        kind, input_weight, hidden_weight, bias = weights.to(dtype)
-        assert hidden_weight is not None
-        of_memory, of_input = input_weight.tensor_split([dims * cell.order])
-        operators = ChunkOperators(
-            hidden_weight, system.power(chunk, dtype, x.device), system.newest_last(chunk, dtype, x.device)
-        )
-        if folds:
-            fold, from_u = input_operators(of_memory, system, dims, chunk)
-            operators = operators._replace(fold=fold, from_u=from_u)
-        else:
-            operators = operators._replace(states=system.chunk_operator(chunk, dtype, x.device), read=of_memory)
-        u = F.pad(blank(u.to(dtype), lengths), (0, 0, 0, -steps % chunk))
-        given: tuple[Tensor | None, Tensor | None] = (x.to(dtype), of_input) if cell.input_to_hidden else (None, None)
-        hidden = tuple(part.to(dtype) for part in state.hidden)
-        memory = state.memory.to(dtype)
-        _, starts, sequences = chunked_scan(Pointwise(kind), *given, bias, u, memory, operators, hidden, steps)
-        assert starts is not None
-        output = _output(sequences, lengths, return_sequence).to(x.dtype)
-        return output, _state(u, starts, sequences, state, lengths, system) if return_state else None
-
-
-def convolved_recurrence(
-    cell: LMUCell,
-    weights: GateWeights,
-    x: Tensor,
-    u: Tensor,
-    hidden: State,
-    lengths: Tensor | None,
-    system: DelaySystem,
-    *,
-    return_sequence: bool,
-    return_state: bool = True,
-) -> tuple[Tensor, LMUState | None]:
-    """Runs an LMU without feedback into a memory that begins empty: what the memory contributes to the gates of all steps is one
-    convolution of u with its response to the gates. Otherwise like :func:`uncoupled_recurrence`.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        own = weights.to(dtype)
-        of_memory, of_input = own.input_weight.tensor_split([cell.memory_d * cell.order])
-        response = system.impulse_response(x.shape[1], dtype, x.device)
-        kernel = by_dimension(response, of_memory.view(cell.memory_d, cell.order, -1))
-        u = blank(u.to(dtype), lengths)
-        given: tuple[Tensor | None, Tensor | None] = (x.to(dtype), of_input) if cell.input_to_hidden else (None, None)
-        assert own.hidden_weight is not None
-        before = tuple(part.to(dtype) for part in hidden)
-        to_gates = (*given, own.bias, u, kernel)
-        sequences = convolved_scan(Pointwise(own.kind), *to_gates, own.hidden_weight, before)
-        output = _output(sequences, lengths, return_sequence)
-        if not return_state:
-            return output.to(x.dtype), None
-        memory = linear_memory(u, system, None, lengths, return_sequence=False)[1]
-        return output.to(x.dtype), LMUState(memory, _final(sequences, hidden, lengths))
-
-
-def gated_scan(
-    weights: GateWeights, base: Tensor, state: State, lengths: Tensor | None, *, return_sequence: bool
-) -> tuple[Tensor, State]:
-    """Runs a hidden cell over what its inputs contribute to its gates. Equals ``naive_scan`` to rounding.
-
-    Computes in float32 or better. Its gradient cannot be differentiated again.
-
-    Args:
-        weights: the gate form of the cell, with recurrence.
-        base: z @ input_weight + bias of every step (B, T, G).
-        state: hidden state tensors before the first step.
-        lengths: number of valid steps per row (B,), or None for all.
-        return_sequence: return the outputs of all steps rather than the last valid one.
-
-    Returns:
-        Outputs and state like ``naive_scan``, in the dtype of ``state``.
-    """
-    dtype = torch.promote_types(base.dtype, torch.float32)
-    with torch.autocast(base.device.type, enabled=False):
-        hidden_weight = weights.to(dtype).hidden_weight
-        assert hidden_weight is not None
-        hidden = tuple(part.to(dtype) for part in state)
-        sequences = recurrent_scan(Pointwise(weights.kind), base.to(dtype), hidden_weight, hidden)
-    return _output(sequences, lengths, return_sequence).to(state[0].dtype), _final(sequences, state, lengths)
-
-
 class _Feedback(NamedTuple):
-    """What the steps of a layer with feedback are made of: inputs (B, T, I) -> sums by a weight (I, W) and a bias (W,) or None; what
-    the memory before a step and h contribute to them, see :func:`feedback_weights`; and, where u has to be known before the gates,
-    h -> u (H, D), u -> gates (D, G) and what multiplies h on its way to u (B, H), or Nones."""
+    """What the steps of a layer with feedback are made of: inputs (B, T, I) -> sums by a weight (I, W) and a bias (W,) or None;
+    what the memory before a step and h contribute to them, see :func:`feedback_weights`; and, where u has to be known before the
+    gates, h -> u (H, D), u -> gates (D, G) and what multiplies h on its way to u (B, H), or Nones."""
 
     cell: Pointwise
     x: Tensor
@@ -297,19 +196,3 @@ def encodes_first(cell: LMUCell, dropout: Dropout) -> bool:
     """Whether the u of a step has to be known before its gates: it is no linear function of what is fed back, or not the same one
     in each row."""
     return cell.coupled and (cell.encoder_act != "linear" or (dropout.encoder is not None and cell.hidden_to_memory))
-
-
-def _output(sequences: State, lengths: Tensor | None, return_sequence: bool) -> Tensor:
-    return blank(sequences[0], lengths) if return_sequence else last_valid(sequences[0], lengths)
-
-
-def _state(
-    u: Tensor, starts: Tensor, sequences: State, before: LMUState, lengths: Tensor | None, system: DelaySystem
-) -> LMUState:
-    memory = final_memory(u, starts, system, sequences[0].shape[1], lengths)
-    return LMUState(memory, _final(sequences, before.hidden, lengths))
-
-
-def _final(sequences: State, before: State, lengths: Tensor | None) -> State:
-    last = (last_valid(sequence, lengths) for sequence in sequences)
-    return tuple(where_started(new, old, lengths).to(old.dtype) for new, old in zip(last, before, strict=True))

@@ -28,10 +28,10 @@ class Plan(NamedTuple):
     """How one call of a layer is computed.
 
     Attributes:
-        memory: "naive" (step by step), "lookahead" (fed back, in chunks), "folded" or "written" (together with a recurrent hidden
-            cell, in chunks: folded into its weights, or written a few chunks at a time), "convolved" (what it contributes to the
-            gates of all steps at once), "merged" (one product a step for memory and gates), or an algorithm of
-            :func:`linear_memory`: "chunked", "fft", "final", "scan".
+        memory: "naive" (step by step), "lookahead" (fed back, in chunks), "relaxed" (fed back, by a relaxed convolution), "folded" or
+            "written" (together with a recurrent hidden cell, in chunks: folded into its weights, or written a few chunks at a
+            time), "convolved" (what it contributes to the gates of all steps at once), "merged" (one product a step for memory
+            and gates), or an algorithm of :func:`linear_memory`: "chunked", "fft", "final", "scan".
         chunk: time steps at a time; 0 where the algorithm knows no chunks.
         hidden: "at once" for all steps; "compiled loop", "triton loop" or "python loop" over affine gates; "step by step"; None
             without a hidden cell.
@@ -158,6 +158,7 @@ def _recurrence(
         at_rest=at_rest,
         # An infinite hidden state, which only unbounded cells have, must not reach a memory that it is not fed back to.
         merges=algorithm == "auto" and not u_first and (cell.hidden_to_memory or weights.kind not in UNBOUNDED),
+        relaxes=algorithm == "auto" and not u_first,
     )
     if memory == "merged":
         reason = "memory and hidden state are so small that one product a step costs least"

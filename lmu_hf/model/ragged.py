@@ -120,3 +120,14 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 def _like(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(*values.shape, *[1] * (x.ndim - values.ndim))
+
+
+def output_of(sequences: tuple[Tensor, ...], lengths: Tensor | None, return_sequence: bool) -> Tensor:
+    """The output of a cell whose states after each step are these (B, T, H): of all steps, or of each row's last one (B, H)."""
+    return blank(sequences[0], lengths) if return_sequence else last_valid(sequences[0], lengths)
+
+
+def final_states(sequences: tuple[Tensor, ...], before: tuple[Tensor, ...], lengths: Tensor | None) -> tuple[Tensor, ...]:
+    """Each state (B, H) after a row's last step, or before the first of a row without any; in the dtype of those before."""
+    last = (last_valid(sequence, lengths) for sequence in sequences)
+    return tuple(where_started(new, old, lengths).to(old.dtype) for new, old in zip(last, before, strict=True))

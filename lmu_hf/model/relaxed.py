@@ -2,17 +2,17 @@
 
 Where the memory begins empty, the sums of a step, its u and its gates, take from the past
 
-    sum_lag u[t - lag] G[lag],     G[lag] = A^(lag - 1) B K
+    sum_lag u[t - lag] G[lag],     G[lag] = A^(lag - 1) B K,     lag from 1 on
 
-with K what reads the memory, lag from 1 on. That is a convolution, but one whose signal comes out of its own result: only what
-lies before a step is known. Time is cut into blocks of C steps. After block i, with 2^p the largest power of two in i, the last
-2^p blocks of u are transformed and contribute all that they ever will to the next 2^p blocks of sums. So each pair of steps
-meets exactly once, in time, and a step costs log2(T)^2 operations per sum in place of the N of a fold. Inside a block the u so far
-go through a short kernel, as in :mod:`lookahead`. The adjoint goes the same way back; its spectra are those of the gradient of G
-as well. (Fischer & Stockmeyer 1974; Hairer, Lubich & Schlichte 1985; van der Hoeven 2002.)
+with K what reads the memory. That is a convolution, but of a signal that comes out of its own result: only what lies before a
+step is known. Time is cut into blocks of C steps. Before block i, with 2^p the largest power of two in i, the last 2^p blocks
+of u are transformed and contribute all that they ever will to the next 2^p blocks of sums. So any two blocks meet exactly once,
+in time, and a sum costs log2(T)^2 operations in place of the N of a fold. Inside a block the u so far go through a short kernel,
+as in :mod:`lookahead`. The adjoint goes the same way back, and its spectra make the gradient of G as well. (Fischer & Stockmeyer
+1974; Hairer, Lubich & Schlichte 1985; van der Hoeven 2002.)
 
-Compiled loops only: the blocks are many, and short. Names: B batch, T time, C steps of a block, D memory dimensions, H hidden size,
-I inputs; W = D + G is the width of a step's sums.
+Compiled loops only: blocks are many, and short. Names: B batch, T time, C steps of a block, D memory dimensions, H hidden size, I
+inputs; W = D + G is the width of a step's sums.
 """
 
 from typing import Any
@@ -22,22 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .compiled import available
-from .convolution import transform_size
 from .gates import Pointwise
 from .scan import CompiledScan
 from .scratch import arriving, first_derivative
 from .time_loop import State
-
-# Steps of a block: up to twice as many.
-_LEAST = 16
-
-
-def block_steps(steps: int) -> int:
-    """Steps of a block C for so many steps: a size that transforms well, and of which T is little less than a power of two."""
-    power = 1
-    while -(-steps // (2 * power)) > _LEAST:
-        power *= 2
-    return transform_size(2 * -(-steps // power)) // 2
 
 
 def relaxed_scan(
@@ -48,6 +36,7 @@ def relaxed_scan(
     kernel: Tensor,
     hidden_weight: Tensor,
     states: State,
+    block: int,
 ) -> tuple[Tensor, State]:
     """Runs the recurrence from an empty memory on. All tensors have one dtype, float32 or float64; there is no second derivative.
 
@@ -59,26 +48,27 @@ def relaxed_scan(
         kernel: what the sums receive of u, by memory dimension and lag, from 1 on (D, T - 1, W).
         hidden_weight: h -> sums of the next step (H, W).
         states: hidden state tensors before the first step, (B, H) each.
+        block: C, a size that :class:`RealTransform` in transform.h takes, see :func:`convolution.block_size`.
 
     Returns:
         u (B, T, D), and each state tensor after every step (B, T, H).
     """
     assert available(given)
-    u, *sequences = _RelaxedScan.apply(cell, given, weight, bias, kernel, hidden_weight, *states)
+    u, *sequences = _RelaxedScan.apply((cell, block), given, weight, bias, kernel, hidden_weight, *states)
     return u, tuple(sequences)
 
 
 class _RelaxedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: Pointwise, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, settings: tuple[Pointwise, int], *inputs: Any) -> tuple[Tensor, ...]:
         given, weight, bias, kernel, hidden_weight, *states = inputs
         u = given.new_empty(*given.shape[:2], len(kernel))
-        kept = cell.allocate(tuple(states), u.shape[1])
+        kept = settings[0].allocate(tuple(states), u.shape[1])
         given = _with_rows(given)
-        loop, spectra = _prepare(cell, kernel, hidden_weight, u, tuple(states), kept)
+        loop, spectra = _prepare(*settings, kernel, hidden_weight, u, tuple(states), kept)
         loop.relaxed_forward(given, weight, bias, u, spectra)
         ctx.save_for_backward(given, *inputs[1:], u, *kept)
-        ctx.cell, ctx.states, ctx.device_type = cell, len(states), u.device.type
+        ctx.settings, ctx.states, ctx.device_type = settings, len(states), u.device.type
         ctx.set_materialize_grads(False)
         return u, *kept[: len(states)]
 
@@ -88,7 +78,7 @@ class _RelaxedScan(torch.autograd.Function):
         given, weight, bias, kernel, hidden_weight, *rest = ctx.saved_tensors
         states, u, kept = tuple(rest[: ctx.states]), rest[ctx.states], tuple(rest[ctx.states + 1 :])
         wants_given, wants_weight, wants_bias, wants_kernel, wants_hidden, *_ = ctx.needs_input_grad[1:]
-        loop, spectra = _prepare(ctx.cell, kernel, hidden_weight, u, states, kept)
+        loop, spectra = _prepare(*ctx.settings, kernel, hidden_weight, u, states, kept)
         loop.start_backward(arriving(grads, kept))
         to_u = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
         to_given = torch.empty_like(given) if wants_given else None
@@ -114,11 +104,10 @@ class _RelaxedScan(torch.autograd.Function):
 
 
 def _prepare(
-    cell: Pointwise, kernel: Tensor, hidden_weight: Tensor, u: Tensor, states: State, kept: State
+    cell: Pointwise, block: int, kernel: Tensor, hidden_weight: Tensor, u: Tensor, states: State, kept: State
 ) -> tuple[CompiledScan, list[Tensor]]:
     """The loop over blocks, and the spectra of the kernel for 1, 2, 4, .. of them."""
-    steps, block = u.shape[1], block_steps(u.shape[1])
-    kernel = kernel.contiguous()
+    steps, kernel = u.shape[1], kernel.contiguous()
     short = F.pad(kernel[:, : block - 1], (0, 0, 0, max(block - steps, 0)))
     step = torch.cat([short.flip(1).transpose(0, 1).flatten(0, 1), hidden_weight])
     lengths = [block << level for level in range((-(-steps // block) - 1).bit_length())]

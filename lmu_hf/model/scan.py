@@ -300,9 +300,7 @@ class CompiledScan(TimeLoop):
             *self.backwards,
         )
 
-    def relaxed_forward(
-        self, given: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, spectra: list[Tensor]
-    ) -> None:
+    def relaxed_forward(self, given: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor, spectra: list[Tensor]) -> None:
         """All steps of :mod:`relaxed`: writes u (B, T, D) and the hidden states.
 
         Args:

@@ -14,6 +14,7 @@ from worker import timed
 
 from lmu_hf import LMU
 from lmu_hf.model import plan as planning
+from lmu_hf.model.convolution import block_size
 from lmu_hf.model.costs import CHUNKS
 from lmu_hf.model.memory import linear_memory
 from lmu_hf.model.plan import Plan
@@ -117,6 +118,7 @@ def _layer(
 
     if coupled:
         ways = [("lookahead", size) for size in CHUNKS[:7] if size <= steps]
+        ways.append(("relaxed", block_size(steps)))
     else:
         ways = [(memory, size) for memory in ("folded", "written") for size in (8, 16, 32, 64) if size <= max(steps, 8)]
         ways.append(("convolved", 0))

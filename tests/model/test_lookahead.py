@@ -4,98 +4,12 @@ import gc
 
 import pytest
 import torch
+from against_naive import CELLS, CONNECTIONS, F64, SYSTEMS, assert_equals_naive, build, take
 from torch import nn
 
-from lmu_hf.model import chunked_scan, convolved, lookahead, plan, scan, time_loop
-from lmu_hf.model.cell_registry import build_hidden_cell
+from lmu_hf.model import scan
 from lmu_hf.model.gates import GATES, gate_weights
 from lmu_hf.model.layer import LMU
-from lmu_hf.model.recurrence import naive_scan
-
-F64 = torch.float64
-CELLS = {
-    "rnn": {"hidden_cell": "rnn", "hidden_size": 5},
-    "rnn_no_bias": {"hidden_cell": {"name": "rnn", "use_bias": False}, "hidden_size": 5},
-    "relu": {"hidden_cell": "rnn", "hidden_size": 5, "hidden_act": "relu"},
-    "sigmoid": {"hidden_cell": "rnn", "hidden_size": 5, "hidden_act": "sigmoid"},
-    "lstm": {"hidden_cell": "lstm", "hidden_size": 5},
-    "gru": {"hidden_cell": "gru", "hidden_size": 5},
-    "dense": {"hidden_cell": "dense", "hidden_size": 5, "hidden_act": "tanh"},
-    "torch_rnn": {"hidden_cell": nn.RNNCell},
-    "torch_lstm": {"hidden_cell": nn.LSTMCell},
-    "torch_gru": {"hidden_cell": nn.GRUCell},
-    "torch_linear": {"hidden_cell": nn.Linear},
-}
-CONNECTIONS = {
-    "h2m": {"hidden_to_memory": True},
-    "all": {"hidden_to_memory": True, "memory_to_memory": True, "input_to_hidden": True, "use_bias": True},
-    "m2m": {"memory_to_memory": True, "input_to_hidden": True},
-    "no_kernel": {"hidden_to_memory": True, "memory_to_memory": True, "kernel_initializer": None, "memory_d": 8},
-}
-SYSTEMS = {
-    "one": {"theta": 9.0},
-    "scales": {"theta": [5.0, 20.0]},
-    "trained": {"theta": [5.0, 20.0], "trainable_theta": True},
-}
-
-
-def build(cell, connections, system):
-    arguments = {"memory_d": 2, "order": 4, **CELLS[cell], **CONNECTIONS[connections], **SYSTEMS[system]}
-    if isinstance(arguments["theta"], list):
-        arguments["theta"] = (arguments["theta"] * 4)[: arguments["memory_d"]]
-    if isinstance(arguments["hidden_cell"], type):
-        features = arguments["memory_d"] * 4 + 3 * bool(arguments.get("input_to_hidden"))
-        arguments["hidden_cell"] = arguments["hidden_cell"](features, 5, dtype=F64)
-    layer = LMU(3, return_state=True, return_sequences=True, dtype=F64, **arguments)
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            if not name.endswith("theta_inv"):
-                parameter.uniform_(-0.6, 0.6)
-    return layer
-
-
-def take(monkeypatch, chunk, memory="lookahead"):
-    """Makes every layer run in chunks of this size."""
-    monkeypatch.setattr(lookahead, "lookahead_chunk", lambda *_, **__: chunk)
-    for_itself = plan.recurrence_algorithm
-
-    def chosen(*sizes, **feedback):
-        # With memory_to_memory alone the look-ahead comes first, and what follows is chosen by cost.
-        ours = feedback["hidden_to_memory"] or memory != "lookahead"
-        return (memory, chunk) if ours else for_itself(*sizes, **feedback)
-
-    monkeypatch.setattr(plan, "recurrence_algorithm", chosen)
-
-
-def everything(layer, x, lengths, at_rest=False):
-    """Output, states, and the gradients of x, of the initial state if it is not left out, and of all weights; always with the
-    same dropout."""
-    torch.manual_seed(1)
-    x = x.clone().requires_grad_()
-    zeros = () if at_rest else layer.cell.initial_state(x).tensors()
-    start = tuple(torch.randn_like(part).requires_grad_() for part in zeros)
-    output, state = layer(x, start or None, lengths=lengths)
-    results = [output, *state.tensors()]
-    loss = sum((result * torch.randn(result.shape, dtype=F64)).sum() for result in results)
-    # A state that a path does not depend on has no gradient there and a zero one elsewhere.
-    inputs = [x, *start, *layer.parameters()]
-    return results, torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-
-
-def assert_equals_naive(layer, algorithm, cases, *, of_results=1e-11, batch=4, at_rest=False):
-    """Compares everything for some numbers of steps, each with the lengths of its rows or None."""
-    for steps, lengths in cases.items():
-        x = torch.randn(batch, steps, 3, dtype=F64)
-        lengths = None if lengths is None else torch.tensor(lengths)
-        layer.algorithm = algorithm
-        results, gradients = everything(layer, x, lengths, at_rest)
-        layer.algorithm = "naive"
-        naive_results, naive_gradients = everything(layer, x, lengths, at_rest)
-        # A linear cell without squashing may grow to 1e3 in 23 steps: relative to that.
-        for ours, naive in zip(results, naive_results, strict=True):
-            assert (ours - naive).abs().max() < of_results * max(1.0, float(naive.detach().abs().max()))
-        for ours, naive in zip(gradients, naive_gradients, strict=True):
-            assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.abs().max()))
 
 
 @pytest.mark.parametrize("connections", CONNECTIONS)
@@ -190,28 +104,6 @@ def test_second_derivative_is_refused(connections, memory, monkeypatch):
     gradient.sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["rnn", "lstm", "gru"])
-def test_gated_scan(kind):
-    cell = build_hidden_cell(
-        kind, memory_d=2, order=3, input_size=1, input_to_hidden=False, hidden_size=4, hidden_act=None, dtype=F64
-    )
-    z = torch.randn(3, 11, 6, dtype=F64, requires_grad=True)
-    state = tuple(torch.randn(3, size, dtype=F64, requires_grad=True) for size in cell.state_sizes)
-    lengths = torch.tensor([11, 4, 0])
-    sides = []
-    weights = gate_weights(cell)
-    for naive in (False, True):
-        if naive:
-            output, final = naive_scan(cell, z, state, lengths, return_sequence=True)
-        else:
-            base = z @ weights.input_weight + weights.bias
-            output, final = lookahead.gated_scan(weights, base, state, lengths, return_sequence=True)
-        loss = output.square().sum() + sum((part * 1.5).sum() for part in final)
-        sides.append([output, *final, *torch.autograd.grad(loss, [z, *state, *cell.parameters()])])
-    for ours, naive in zip(*sides, strict=True):
-        assert (ours - naive).abs().max() < 1e-12
-
-
 MERGED = {**CONNECTIONS, "uncoupled": {}, "i2h": {"input_to_hidden": True, "use_bias": True}, "act": {"encoder_act": "tanh"}}
 
 
@@ -280,44 +172,6 @@ def test_merged_last_output_and_dropout():
         found.append([output, *state.tensors()])
     for ours, naive in zip(*found, strict=True):
         assert (ours - naive).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("system", SYSTEMS)
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "torch_gru"])
-@pytest.mark.parametrize("input_to_hidden", [False, True])
-@pytest.mark.parametrize("folds", [False, True])
-def test_uncoupled(cell, system, input_to_hidden, folds, loop, monkeypatch):
-    take(monkeypatch, 16, "folded" if folds else "written")
-    monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": input_to_hidden})
-    layer = build(cell, "none", system)
-    assert_equals_naive(layer, "auto", {2: None, 16: None, 39: [39, 16, 17, 0]})
-
-
-@pytest.mark.parametrize("system", SYSTEMS)
-@pytest.mark.parametrize("cell", [*CELLS])
-@pytest.mark.parametrize("connections", ["none", "i2h", "m2m"])
-def test_convolved(cell, system, connections, loop, monkeypatch):
-    if cell in ("dense", "torch_linear"):
-        pytest.skip("nothing goes step by step")
-    take(monkeypatch, 0, "convolved")
-    monkeypatch.setattr(lookahead, "lookahead_chunk", lambda *_, **__: 4)
-    for name in ("_ROWS", "_FEW_ROWS", "_NUMBERS"):
-        monkeypatch.setattr(convolved, name, 1)  # several rounds
-    monkeypatch.setitem(CONNECTIONS, "none", {})
-    monkeypatch.setitem(CONNECTIONS, "i2h", {"input_to_hidden": True, "use_bias": True, "dropout": 0.3})
-    layer = build(cell, connections, system)
-    assert layer.explain(4, 39).memory == "convolved"
-    assert_equals_naive(layer, "auto", {2: None, 16: None, 39: [39, 16, 17, 0, 5]}, batch=5, at_rest=True)
-
-
-def test_convolved_rows_are_not_touched_by_what_is_not_finite(monkeypatch):
-    take(monkeypatch, 0, "convolved")
-    layer = LMU(3, 2, 4, 9.0, "gru", 5, return_sequences=True)
-    x = torch.randn(4, 11, 3)
-    exact = layer(x)
-    x[1, 5] = float("nan")
-    # Its partner in a transform is another one, and rounds otherwise.
-    assert (layer(x) - exact)[[0, 2, 3]].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("return_sequences", [False, True])
@@ -408,19 +262,6 @@ def test_many_rows(cell, system, batch, loop, monkeypatch):
     layer = build(cell, "all", system)
     lengths = torch.arange(batch) * 37 // (batch - 1)
     assert_equals_naive(layer, "auto", {2: None, 37: lengths.tolist()}, batch=batch)
-
-
-@pytest.mark.parametrize("system", SYSTEMS)
-@pytest.mark.parametrize("folds", [False, True])
-@pytest.mark.parametrize("rows", [12, 1000])
-def test_uncoupled_as_on_cuda(system, folds, rows, monkeypatch):
-    """The memory at the start of all chunks at once, in several segments and in one."""
-    take(monkeypatch, 2, "folded" if folds else "written")
-    monkeypatch.setattr(time_loop, "starts_at_once", lambda like: True)
-    monkeypatch.setattr(chunked_scan, "_ROWS", rows)
-    monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": True})
-    layer = build("rnn", "none", system)
-    assert_equals_naive(layer, "auto", {2: None, 16: None, 39: [39, 16, 17, 0]})
 
 
 def test_no_graph_is_kept_alive():
