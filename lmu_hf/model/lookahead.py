@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunked_scan import chunked_scan
-from .costs import Recurrence, lookahead_chunk
 from .folding import (
     by_dimension,
     encoder_matrix,
@@ -36,6 +35,7 @@ from .folding import (
     input_matrices,
 )
 from .gates import GateWeights, Pointwise
+from .layer_costs import Recurrence, lookahead_chunk
 from .legendre import DelaySystem
 from .memory import linear_memory, measured
 from .ragged import final_states, output_of

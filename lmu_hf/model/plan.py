@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .cells import is_recurrent
 from .compiled import available
-from .costs import Recurrence, memory_algorithm, memory_chunk, recurrence_algorithm
+from .costs import memory_algorithm, memory_chunk
 from .gates import SIMPLE, UNBOUNDED, GateWeights
+from .layer_costs import Recurrence, recurrence_algorithm
 from .lookahead import encodes_first
 from .memory import measured
 from .scan import scan_class
@@ -28,10 +29,10 @@ class Plan(NamedTuple):
     """How one call of a layer is computed.
 
     Attributes:
-        memory: "naive" (step by step), "lookahead" (fed back, in chunks), "relaxed" (fed back, by a relaxed convolution), "folded" or
-            "written" (together with a recurrent hidden cell, in chunks: folded into its weights, or written a few chunks at a
-            time), "convolved" (what it contributes to the gates of all steps at once), "merged" (one product a step for memory
-            and gates), or an algorithm of :func:`linear_memory`: "chunked", "fft", "final", "scan".
+        memory: "naive" (step by step), "lookahead" (fed back, in chunks), "relaxed" (fed back, by a relaxed convolution),
+            "folded" or "written" (together with a recurrent hidden cell, in chunks: folded into its weights, or written a few
+            chunks at a time), "convolved" (what it contributes to the gates of all steps at once), "merged" (one product a step
+            for memory and gates), or an algorithm of :func:`linear_memory`: "chunked", "fft", "final", "scan".
         chunk: time steps at a time; 0 where the algorithm knows no chunks.
         hidden: "at once" for all steps; "compiled loop", "triton loop" or "python loop" over affine gates; "step by step"; None
             without a hidden cell.

@@ -8,21 +8,22 @@ from lmu_hf import LMU, LMUConfig, LMUForSequenceClassification, linear_memory
 from lmu_hf.model import layer as layer_module
 from lmu_hf.model import plan as planning
 from lmu_hf.model.compiled import available
-from lmu_hf.model.costs import (
+from lmu_hf.model.costs import memory_algorithm, memory_costs
+from lmu_hf.model.layer_costs import (
     Recurrence,
     lookahead_chunk,
     lookahead_costs,
-    memory_algorithm,
-    memory_costs,
     merged_cost,
     recurrence_algorithm,
+    relaxed_cost,
     uncoupled_costs,
 )
 from lmu_hf.model.legendre import delay_system
 
 COUPLED = {"hidden_to_memory": True, "memory_to_memory": True}
 CASES = [
-    ((1, 40, 40, 600.0, "rnn", 6), COUPLED, 40, "lookahead", "hidden_to_memory feeds the state back"),
+    ((1, 40, 40, 600.0, "rnn", 6), COUPLED, 40, None, "hidden_to_memory feeds the state back"),
+    ((1, 40, 40, 600.0, "rnn", 6), {**COUPLED, "algorithm": "lookahead"}, 40, "lookahead", "feeds the state back"),
     ((1, 1, 8, 20.0, "rnn", 6), COUPLED, 40, "merged", "one product a step costs least"),
     ((1, 1, 8, 20.0, "rnn", 6), {**COUPLED, "algorithm": "lookahead"}, 40, "lookahead", "feeds the state back"),
     ((1, 1, 8, 20.0, "gru", 6), {"algorithm": "merged"}, 40, "merged", "algorithm='merged'"),
@@ -121,6 +122,24 @@ def test_folds_where_the_memory_is_large():
     assert recurrence_algorithm(Recurrence(32, 4096, 64, 8, 128, 128), **FEEDBACK, **KNOWN)[0] == "written"
 
 
+def test_relaxes_where_the_memory_is_large():
+    feedback = {"hidden_to_memory": True, "memory_to_memory": True}
+    large, small, wide = (
+        Recurrence(100, 784, 1, 256, 212, 212),
+        Recurrence(100, 784, 1, 8, 212, 212),
+        Recurrence(1, 784, 1, 256, 600, 2400),
+    )
+    assert recurrence_algorithm(large, **feedback, **KNOWN, at_rest=True) == ("relaxed", 25)
+    assert recurrence_algorithm(large, **feedback, **KNOWN)[0] == "lookahead"
+    assert recurrence_algorithm(large, **feedback, **KNOWN, at_rest=True, relaxes=False)[0] == "lookahead"
+    assert (
+        recurrence_algorithm(large, **feedback, training=True, compiled=False, measured=True, at_rest=True)[0] != "relaxed"
+    )
+    assert recurrence_algorithm(small, **feedback, **KNOWN, at_rest=True)[0] != "relaxed"
+    # Its loop adds up the gradients of the weights, of which there are too many.
+    assert recurrence_algorithm(wide, **feedback, **KNOWN, at_rest=True)[0] == "lookahead"
+
+
 @pytest.mark.parametrize("hidden_to_memory", [False, True])
 @pytest.mark.parametrize("memory_to_memory", [False, True])
 def test_merges_where_the_memory_is_small(hidden_to_memory, memory_to_memory):
@@ -145,6 +164,7 @@ def test_recurrence_costs(compiled, hidden_to_memory, cell):
             ways = [merged_cost(sizes, training=training, feedback=hidden_to_memory)]
             if hidden_to_memory:
                 ways += lookahead_costs(sizes, training=training).values()
+                ways.append(relaxed_cost(sizes, training=training)[1])
             else:
                 ways += uncoupled_costs(sizes, training=training, compiled=compiled, at_rest=True).values()
             return min(ways)

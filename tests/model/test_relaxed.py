@@ -4,7 +4,7 @@ import pytest
 import torch
 from against_naive import CONNECTIONS, F64, SYSTEMS, assert_equals_naive, build, take
 
-from lmu_hf.model import costs, lookahead, relaxed
+from lmu_hf.model import layer_costs, lookahead, relaxed
 from lmu_hf.model.convolution import block_size
 from lmu_hf.model.layer import LMU
 
@@ -103,7 +103,7 @@ def test_inputs_of_any_strides(monkeypatch):
 @pytest.mark.parametrize("change", ["nothing", "a state", "an activation", "dropout", "the look-ahead by name"])
 def test_taken_only_where_it_can_be(change, monkeypatch):
     """From an empty memory on, where u need not be known before the gates, and by "auto"."""
-    monkeypatch.setattr(costs, "relaxed_cost", lambda *_, **__: (4, 0.0))
+    monkeypatch.setattr(layer_costs, "relaxed_cost", lambda *_, **__: (4, 0.0))
     options = {"an activation": {"encoder_act": "tanh"}, "dropout": {"dropout": 0.3}}.get(change, {})
     layer = LMU(3, 2, 4, 9.0, "rnn", 5, hidden_to_memory=True, return_sequences=True, **options)
     if change == "the look-ahead by name":
