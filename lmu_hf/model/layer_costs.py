@@ -1,4 +1,4 @@
-"""What the ways to run a layer with a hidden cell in affine gates cost: models by which ``auto`` chooses, as those in :mod:`costs`."""
+"""What the ways to run a layer with a hidden cell in affine gates cost: models by which ``auto`` chooses, as in :mod:`costs`."""
 
 import math
 from typing import NamedTuple

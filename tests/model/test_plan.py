@@ -55,7 +55,7 @@ def test_is_what_runs(arguments, options, steps, memory, reason, monkeypatch):
     assert memory in (None, explained.memory)
     assert reason in explained.reason
     assert explained.memory in str(explained)
-    assert (explained.chunk > 0) == (explained.memory in ("lookahead", "folded", "written", "chunked"))
+    assert (explained.chunk > 0) == (explained.memory in ("lookahead", "relaxed", "folded", "written", "chunked"))
 
 
 make_plan = layer_module.make_plan
