@@ -65,7 +65,7 @@ class _RelaxedScan(torch.autograd.Function):
         u = given.new_empty(*given.shape[:2], len(kernel))
         kept = settings[0].allocate(tuple(states), u.shape[1])
         given = _with_rows(given)
-        loop, spectra = _prepare(*settings, kernel, hidden_weight, u, tuple(states), kept)
+        loop, spectra = _prepare(settings, kernel, hidden_weight, u, tuple(states), kept)
         loop.relaxed_forward(given, weight, bias, u, spectra)
         ctx.save_for_backward(given, *inputs[1:], u, *kept)
         ctx.settings, ctx.states, ctx.device_type = settings, len(states), u.device.type
@@ -78,7 +78,7 @@ class _RelaxedScan(torch.autograd.Function):
         given, weight, bias, kernel, hidden_weight, *rest = ctx.saved_tensors
         states, u, kept = tuple(rest[: ctx.states]), rest[ctx.states], tuple(rest[ctx.states + 1 :])
         wants_given, wants_weight, wants_bias, wants_kernel, wants_hidden, *_ = ctx.needs_input_grad[1:]
-        loop, spectra = _prepare(*ctx.settings, kernel, hidden_weight, u, states, kept)
+        loop, spectra = _prepare(ctx.settings, kernel, hidden_weight, u, states, kept)
         loop.start_backward(arriving(grads, kept))
         to_u = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
         to_given = torch.empty_like(given) if wants_given else None
@@ -104,10 +104,10 @@ class _RelaxedScan(torch.autograd.Function):
 
 
 def _prepare(
-    cell: Pointwise, block: int, kernel: Tensor, hidden_weight: Tensor, u: Tensor, states: State, kept: State
+    settings: tuple[Pointwise, int], kernel: Tensor, hidden_weight: Tensor, u: Tensor, states: State, kept: State
 ) -> tuple[CompiledScan, list[Tensor]]:
     """The loop over blocks, and the spectra of the kernel for 1, 2, 4, .. of them."""
-    steps, kernel = u.shape[1], kernel.contiguous()
+    (cell, block), steps, kernel = settings, u.shape[1], kernel.contiguous()
     short = F.pad(kernel[:, : block - 1], (0, 0, 0, max(block - steps, 0)))
     step = torch.cat([short.flip(1).transpose(0, 1).flatten(0, 1), hidden_weight])
     lengths = [block << level for level in range((-(-steps // block) - 1).bit_length())]
