@@ -24,6 +24,9 @@ _PANEL = 16
 _LARGE_PRODUCT = 1 << 19
 _THIN = 8
 
+# Bytes from which a result is worth asking for large pages: it is taken from the system anew each time.
+_LARGE_RESULT = 1 << 23
+
 _load: Callable[[], bool] | None = None
 
 
@@ -40,6 +43,14 @@ def available(like: Tensor) -> bool:
     if not plain or like.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
         return False
     return _load is not None and _load()
+
+
+def room(like: Tensor, *shape: int) -> Tensor:
+    """Numbers of this shape, not initialised, for a result; on large pages where it is large."""
+    made = like.new_empty(shape)
+    if made.nbytes >= _LARGE_RESULT and available(made):
+        torch.ops.lmu_hf.prefer_large_pages(made)
+    return made
 
 
 def panels(matrix: Tensor) -> Tensor:

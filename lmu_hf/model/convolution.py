@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import available
+from .compiled import available, room
 
 
 def causal_convolution(u: Tensor, kernel: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ class _CompiledConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, kernel: Tensor) -> Tensor:
         ctx.save_for_backward(u, kernel)
-        out = u.new_zeros(*u.shape[:2], kernel.shape[2])
-        convolve(kernel)(u, out)
+        out = room(u, *u.shape[:2], kernel.shape[2])
+        convolve(kernel)(u, out, kept=False)
         return out
 
     @staticmethod
@@ -106,19 +106,20 @@ class _CompiledConvolution(torch.autograd.Function):
         return grads
 
 
-def convolve(kernel: Tensor) -> Callable[[Tensor, Tensor], None]:
+def convolve(kernel: Tensor) -> Callable[..., None]:
     """A function that adds to a tensor (B, T, W), its second argument, the convolution of its first, u (B, T, D), with the kernel
-    (D, T, W). No gradients."""
+    (D, T, W); with ``kept=False`` that takes its place. No gradients."""
     if not available(kernel):
 
-        def by_torch(u: Tensor, out: Tensor) -> None:
-            out += spectral_convolution(u, kernel)
+        def by_torch(u: Tensor, out: Tensor, *, kept: bool = True) -> None:
+            made = spectral_convolution(u, kernel)
+            out.copy_(out + made if kept else made)
 
         return by_torch
     spectrum = _spectrum(kernel)
 
-    def compiled(u: Tensor, out: Tensor) -> None:
-        torch.ops.lmu_hf.convolution_forward(_with_rows(u), spectrum, out)
+    def compiled(u: Tensor, out: Tensor, *, kept: bool = True) -> None:
+        torch.ops.lmu_hf.convolution_forward(_with_rows(u), spectrum, out, kept)
 
     return compiled
 

@@ -24,12 +24,14 @@ typename Vector<T>::type some(const T* from, int64_t count) {
   return result;
 }
 
+// Adds them to a row, or, unless that is kept, writes them.
 template <typename T>
-void add(typename Vector<T>::type value, T* to, int64_t count) {
+void add(typename Vector<T>::type value, T* to, int64_t count, bool kept = true) {
   if (count >= LANES<T>) {
-    *reinterpret_cast<typename Vector<T>::type*>(to) += value;
+    *reinterpret_cast<typename Vector<T>::type*>(to) =
+        kept ? *reinterpret_cast<const typename Vector<T>::type*>(to) + value : value;
   } else {
-    for (int64_t lane = 0; lane < count; ++lane) to[lane] += value[lane];
+    for (int64_t lane = 0; lane < count; ++lane) to[lane] = kept ? to[lane] + value[lane] : value[lane];
   }
 }
 
@@ -99,8 +101,9 @@ class Convolution {
   int64_t numbers() const { return dims * groups * transform.numbers(); }  // of the spectrum
   int64_t sent_numbers() const { return dims * transform.numbers(); }      // that `back` adds up for a row
 
-  // Adds to a group of columns of row b. Takes the row's signals, as transformed, and room for a signal.
-  void add_to(const T* signals, int64_t group, const Span<T>& out, int64_t b, T* points) const {
+  // Adds to a group of columns of row b, or writes them unless they are kept. Takes the row's signals, as transformed, and room for
+  // one.
+  void add_to(const T* signals, int64_t group, const Span<T>& out, int64_t b, T* points, bool kept) const {
     const auto product = [&](int64_t dim, int64_t f) {
       const T* kernel = spectrum + (dim * groups + group) * transform.numbers() + f * POINT;
       return times_signal<false>(f, Complex<T>::load(kernel), signals + 2 * (dim * transform.points + f));
@@ -115,7 +118,7 @@ class Convolution {
       __builtin_prefetch(out.sequence.at(b, out.first + t + AHEAD) + column, 1);
       add<T>(
           *reinterpret_cast<const Vec*>(points + transform.at(out.offset + t)), out.sequence.at(b, out.first + t) + column,
-          width - column);
+          width - column, kept);
     }
   }
 
@@ -226,8 +229,8 @@ void check_sizes(const at::Tensor& u, const at::Tensor& spectrum, const at::Tens
 constexpr int64_t TOGETHER = 16;  // rows, whose places in a (B, T, W) tensor stay in the cache while its columns pass
 constexpr int64_t SENDING = 4;    // rows, of which what each column sends back stays in the cache of a core
 
-// out (B, T, W) += u (B, T, D) convolved with the kernels of the spectrum, summed over D
-void convolution_forward(const at::Tensor& u, const at::Tensor& spectrum, const at::Tensor& out) {
+// out (B, T, W) = u (B, T, D) convolved with the kernels of the spectrum, summed over D, and what is there if that is kept
+void convolution_forward(const at::Tensor& u, const at::Tensor& spectrum, const at::Tensor& out, bool kept) {
   with_type(out, [&](auto scalar) {
     using T = decltype(scalar);
     check_sizes(u, spectrum, out);
@@ -243,7 +246,7 @@ void convolution_forward(const at::Tensor& u, const at::Tensor& spectrum, const 
         Buffer<T> points(convolution.transform.numbers());
         for (int64_t group = begin; group < end; ++group)
           for (int64_t b = tile; b < past; ++b)
-            convolution.add_to(&signals[(b - tile) * signal], group, {to, 0, steps}, b, points.data());
+            convolution.add_to(&signals[(b - tile) * signal], group, {to, 0, steps}, b, points.data(), kept);
       });
     }
   });

@@ -5,6 +5,7 @@
 
 #include "convolution.h"
 #include "loop.h"
+#include "pages.h"
 
 namespace {
 
@@ -35,9 +36,9 @@ class Levels {
     const Span<T> out{sums, at, std::min(length, steps - at), length};
     Buffer<T> signals((end - begin) * signal), points(convolution.transform.numbers());
     transform_signals<T>(convolution.transform, {u, at - length, length}, begin, end, signals.data());
-    for (int64_t b = begin; at == length && b < end; ++b) std::fill(sums.at(b, at), sums.at(b, at + out.count), T(0));
     for (int64_t group = 0; group < convolution.groups; ++group)
-      for (int64_t b = begin; b < end; ++b) convolution.add_to(&signals[(b - begin) * signal], group, out, b, points.data());
+      for (int64_t b = begin; b < end; ++b)
+        convolution.add_to(&signals[(b - begin) * signal], group, out, b, points.data(), at != length);
   }
 
   // The adjoint: of the gradients of the sums of some rows (B, T, stride), it adds to grad_u (B, T, D) and, where it is wanted, to the
@@ -100,6 +101,7 @@ at::Tensor room_for_sums(const at::Tensor& like, int64_t rows, int64_t steps, in
     constexpr int64_t lanes = LANES<decltype(scalar)>;
     room = at::empty({rows, steps, parts(width, lanes) * lanes}, like.options());
   });
+  prefer_large_pages(room);
   room.narrow(2, width, room.size(2) - width).zero_();
   return room;
 }
