@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .by_system import fold_rows, fold_state, product
-from .compiled import SMALL_ORDER, add_matmul, available, matmul
+from .compiled import SMALL_ORDER, add_matmul, available, matmul, with_rows
 from .folding import ChunkOperators
 from .gates import Pointwise
 from .precision import full_float32
@@ -64,9 +64,7 @@ def chunked_scan(
         u (B, K * C, D), zero past T, where it is computed here; the memory at the start of each chunk (B, K, D * N); and each
         state tensor after every step (B, T, H).
     """
-    if given is not None and given.stride(2) != 1:
-        given = given.contiguous()
-    inputs = (given, weight, bias, u, memory, *operators, *states)
+    inputs = (None if given is None else with_rows(given), weight, bias, u, memory, *operators, *states)
     u, starts, *sequences = _ChunkedScan.apply(_Settings(cell, steps, activation), *inputs)
     return u, starts, tuple(sequences)
 
@@ -176,7 +174,7 @@ class _ChunkedScan(torch.autograd.Function):
 
         scan = _make_scan(ctx, operators, u, states, kept)
         scan.start_backward(arriving(grad_sequences, kept))
-        grad_given = torch.empty_like(given) if needed["given"] else None
+        grad_given = torch.empty_like(given, memory_format=torch.contiguous_format) if needed["given"] else None
         weights = {"weight": weight, "bias": bias, **operators._asdict()}
         added: dict[str, Tensor] = {}  # what the loop adds up
         if feedback and given is not None:

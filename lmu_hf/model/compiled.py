@@ -24,9 +24,6 @@ _PANEL = 16
 _LARGE_PRODUCT = 1 << 19
 _THIN = 8
 
-# Bytes from which a result is worth asking for large pages: it is taken from the system anew each time.
-_LARGE_RESULT = 1 << 23
-
 _load: Callable[[], bool] | None = None
 
 
@@ -45,12 +42,9 @@ def available(like: Tensor) -> bool:
     return _load is not None and _load()
 
 
-def room(like: Tensor, *shape: int) -> Tensor:
-    """Numbers of this shape, not initialised, for a result; on large pages where it is large."""
-    made = like.new_empty(shape)
-    if made.nbytes >= _LARGE_RESULT and available(made):
-        torch.ops.lmu_hf.prefer_large_pages(made)
-    return made
+def with_rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last axis in one piece, as the compiled loops want sequences."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
 def panels(matrix: Tensor) -> Tensor:

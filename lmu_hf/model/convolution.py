@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import available, room
+from .compiled import available, with_rows
 
 
 def causal_convolution(u: Tensor, kernel: Tensor) -> Tensor:
@@ -64,17 +64,17 @@ def transform_size(least: int) -> int:
         size += 2
 
 
-# Steps of a block of a relaxed convolution, at least: up to as many meet one by one, by products.
-_LEAST_BLOCK = 16
+# Half of the steps that meet by products in a relaxed convolution, at most.
+_HALF_BLOCK = 16
 
 
 def block_size(steps: int) -> int:
-    """Steps of a block of a relaxed convolution, see :mod:`relaxed`, of so many steps in all.
+    """Steps of a block of a relaxed convolution, see :mod:`relaxed`, of so many steps in all: up to 32.
 
-    Its powers of two have to transform well, and one of them should be little more than all steps.
+    A power of two of blocks is to be little more than all steps, and as many points have to transform well.
     """
     blocks = 1
-    while steps > 2 * blocks * _LEAST_BLOCK:
+    while steps > 2 * blocks * _HALF_BLOCK:
         blocks *= 2
     return transform_size(2 * -(-steps // blocks)) // 2
 
@@ -85,7 +85,7 @@ class _CompiledConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, kernel: Tensor) -> Tensor:
         ctx.save_for_backward(u, kernel)
-        out = room(u, *u.shape[:2], kernel.shape[2])
+        out = u.new_empty(*u.shape[:2], kernel.shape[2])
         convolve(kernel)(u, out, kept=False)
         return out
 
@@ -119,7 +119,7 @@ def convolve(kernel: Tensor) -> Callable[..., None]:
     spectrum = _spectrum(kernel)
 
     def compiled(u: Tensor, out: Tensor, *, kept: bool = True) -> None:
-        torch.ops.lmu_hf.convolution_forward(_with_rows(u), spectrum, out, kept)
+        torch.ops.lmu_hf.convolution_forward(with_rows(u), spectrum, out, kept)
 
     return compiled
 
@@ -131,7 +131,7 @@ def convolve_back(kernel: Tensor) -> Callable[[Tensor, Tensor, Tensor | None, Te
 
     def back(u: Tensor, grad: Tensor, to_u: Tensor | None, to_kernel: Tensor | None) -> None:
         if spectrum is not None:
-            torch.ops.lmu_hf.convolution_backward(_with_rows(u), spectrum, _with_rows(grad), to_u, to_kernel)
+            torch.ops.lmu_hf.convolution_backward(with_rows(u), spectrum, with_rows(grad), to_u, to_kernel)
             return
         with torch.enable_grad():
             given = (u.detach().requires_grad_(), kernel.detach().requires_grad_())
@@ -145,10 +145,5 @@ def convolve_back(kernel: Tensor) -> Callable[[Tensor, Tensor, Tensor | None, Te
 
 
 def _spectrum(kernel: Tensor) -> Tensor:
-    kernel = _with_rows(kernel)
+    kernel = with_rows(kernel)
     return torch.ops.lmu_hf.convolution_spectrum(kernel, transform_size(2 * kernel.shape[1] - 1), 0)
-
-
-def _with_rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last axis in one piece."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import add_matmul, matmul, room
+from .compiled import add_matmul, matmul
 from .convolution import convolve, convolve_back
 from .gates import Pointwise
 from .scan import scan_class
@@ -138,7 +138,7 @@ def _tiles(u: Tensor, width: int) -> list[slice]:
 
 def _room(sums: Tensor | None, u: Tensor, width: int) -> Tensor:
     """(B, T, G) for these rows, which the ones after them use again."""
-    return room(u, *u.shape[:2], width) if sums is None else sums[: len(u)]
+    return u.new_empty(*u.shape[:2], width) if sums is None else sums[: len(u)]
 
 
 def _loop(cell: Pointwise, hidden_weight: Tensor, states: Any, kept: State, rows: slice) -> TimeLoop:

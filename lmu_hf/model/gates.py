@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cells import DenseCell, GRUCell, LSTMCell, RNNCell, TorchCell
-from .compiled import room
 
 
 class GateWeights(NamedTuple):
@@ -326,7 +325,7 @@ class Pointwise(NamedTuple):
         first = states[0]
         batch, size = first.shape
         further = [multiple * (size - self.linear) for multiple in GATES[self.kind].keeps]
-        return tuple(room(first, batch, steps, features) for features in (size, *further))
+        return tuple(first.new_empty(batch, steps, features) for features in (size, *further))
 
     def gates(self, states: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Gates:
         """The steps of a run from ``states`` on; ``kept`` is what :meth:`allocate` made."""

@@ -407,8 +407,9 @@ class LMU(nn.Module):
             raise ValueError(f"explain: expected at least one row and one step, found batch={batch}, steps={steps}")
         cell = self.cell
         training = self.training if training is None else training
-        if training and self.checkpoint_steps is not None:
-            steps = min(steps, self.checkpoint_steps)
+        at_rest = self._state is None
+        if training and self.checkpoint_steps is not None and steps > self.checkpoint_steps:
+            steps, at_rest = self.checkpoint_steps, False
         like = a_weight(cell)
         rates = (cell.dropout, cell.recurrent_dropout)
         dropout = Dropout(*(like if training and rate else None for rate in rates))
@@ -425,6 +426,7 @@ class LMU(nn.Module):
             training=training,
             trains_memory=training,
             like=like,
+            at_rest=at_rest,
         )
 
     def stepper(self, batch_size: int = 1) -> LMUStepper:

@@ -134,6 +134,8 @@ _PYTHON_STEP = (22e3, 50e3)
 
 # Numbers of a matrix that stay in the cache next to the processor; what more there is, is read anew in each step.
 _NEAR = 1e5
+# Numbers of the gradients of spectra for which there is room, 128 MiB in float32.
+_MOST_OF_SPECTRA = 1 << 25
 # Numbers of one that stay in a core's.
 _CACHED = 1 << 18
 
@@ -161,7 +163,9 @@ def relaxed_cost(sizes: Recurrence, *, training: bool) -> tuple[int, float]:
     batch, steps, dims, order, hidden, gates = sizes
     own, width, block, threads = _RELAXED[training], dims + gates, block_size(steps), torch.get_num_threads()
     matrix = (hidden + (block - 1) * dims) * width
-    if matrix > MOST_NUMBERS:
+    # Of the gradients of all spectra, which each thread adds up by itself.
+    spectra = 2 * steps * dims * width * min(threads, batch)
+    if matrix > MOST_NUMBERS or (training and spectra > _MOST_OF_SPECTRA):
         return block, math.inf
     blocks, signals, kernels = -(-steps // block), 0.0, 0.0
     for level in range((blocks - 1).bit_length()):
@@ -249,6 +253,8 @@ def recurrence_algorithm(
     at_rest: bool = False,
 ) -> tuple[str, int]:
     """How to run a layer with a hidden cell in affine gates: ``Plan.memory`` and ``Plan.chunk``.
+
+    By cost alone, so that a run with gradients may round otherwise than one without.
 
     Args:
         sizes: of the layer and of the run.

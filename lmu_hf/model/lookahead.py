@@ -166,7 +166,7 @@ class _Feedback(NamedTuple):
             of_gates = torch.zeros_like(direct[0]) if u_first else of_u @ direct
             constant = torch.cat([of_u, of_gates if bias is None else of_gates + bias])
         weight = torch.cat([to_u, to_gates], dim=1)
-        encoding = (of_h, direct, mask) if u_first else (None, None, mask)
+        encoding = (of_h, direct, mask) if u_first else (None, None, None)
         return cls(Pointwise(kind), x, weight, constant, to_sums, hidden, *encoding)
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .by_system import chain, fold_rows, fold_state, product, product_back, starts_at_once, unfold_sequence, unfold_state
-from .compiled import LARGEST_ORDER, available, room
+from .compiled import LARGEST_ORDER, available
 from .convolution import causal_convolution
 from .costs import MANY_ROWS, memory_algorithm, memory_chunk
 from .legendre import DelaySystem
@@ -193,7 +193,7 @@ class _Chunks(torch.autograd.Function):
     ) -> Tensor:
         scales, rows, steps = inputs.shape
         order = operator.shape[1] - size
-        states = room(inputs, scales, rows, steps * order)
+        states = inputs.new_empty(scales, rows, steps * order)
         row = inputs.new_zeros(scales, rows, order + size)
         if memory is not None:
             row[..., :order] = memory
@@ -277,7 +277,7 @@ class _ChunksAtOnce(torch.autograd.Function):
         rows = inputs.new_empty(scales, count, chunks, order + size)
         rows[..., order:] = F.pad(inputs, (0, chunks * size - steps)).unflatten(2, (chunks, size))
         rows[:, :, 0, :order] = 0 if memory is None else memory
-        states = room(inputs, scales, count * chunks, size * order)
+        states = inputs.new_empty(scales, count * chunks, size * order)
         with full_float32(rows):
             if starts_at_once(rows):
                 added = (rows[:, :, :-1, order:].flatten(1, 2) @ last[:, order:]).view(scales, count, chunks - 1, order)
@@ -333,7 +333,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, memory: Tensor, Ad: Tensor, Bd: Tensor) -> Tensor:
         memory = memory.contiguous()
-        states = room(u, *u.shape, Bd.shape[1])
+        states = u.new_empty(*u.shape, Bd.shape[1])
         torch.ops.lmu_hf.memory_forward(memory, u.contiguous(), Ad, Bd, states)
         # Only the gradient of the system, which a trained theta asks for, looks at the states again.
         trained = any(ctx.needs_input_grad[2:])

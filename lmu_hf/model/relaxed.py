@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import available
+from .compiled import available, with_rows
 from .gates import Pointwise
 from .scan import CompiledScan
 from .scratch import arriving, first_derivative
@@ -48,7 +48,7 @@ def relaxed_scan(
         kernel: what the sums receive of u, by memory dimension and lag, from 1 on (D, T - 1, W).
         hidden_weight: h -> sums of the next step (H, W).
         states: hidden state tensors before the first step, (B, H) each.
-        block: C, a size that :class:`RealTransform` in transform.h takes, see :func:`convolution.block_size`.
+        block: C, see :func:`convolution.block_size`.
 
     Returns:
         u (B, T, D), and each state tensor after every step (B, T, H).
@@ -64,7 +64,7 @@ class _RelaxedScan(torch.autograd.Function):
         given, weight, bias, kernel, hidden_weight, *states = inputs
         u = given.new_empty(*given.shape[:2], len(kernel))
         kept = settings[0].allocate(tuple(states), u.shape[1])
-        given = _with_rows(given)
+        given = with_rows(given)
         loop, spectra = _prepare(settings, kernel, hidden_weight, u, tuple(states), kept)
         loop.relaxed_forward(given, weight, bias, u, spectra)
         ctx.save_for_backward(given, *inputs[1:], u, *kept)
@@ -81,7 +81,7 @@ class _RelaxedScan(torch.autograd.Function):
         loop, spectra = _prepare(ctx.settings, kernel, hidden_weight, u, states, kept)
         loop.start_backward(arriving(grads, kept))
         to_u = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
-        to_given = torch.empty_like(given) if wants_given else None
+        to_given = torch.empty_like(given, memory_format=torch.contiguous_format) if wants_given else None
         to_kernel = torch.zeros_like(kernel, memory_format=torch.contiguous_format) if wants_kernel else None
         # Of the u of the block so far, h, inputs and 1, one below the other.
         rows = [len(loop.step) - len(hidden_weight), len(hidden_weight), len(weight), int(bias is not None)]
@@ -113,7 +113,3 @@ def _prepare(
     lengths = [block << level for level in range((-(-steps // block) - 1).bit_length())]
     spectra = [torch.ops.lmu_hf.convolution_spectrum(kernel, 2 * length, 1) for length in lengths]
     return CompiledScan(cell, step, block, len(kernel), states, kept), spectra
-
-
-def _with_rows(given: Tensor) -> Tensor:
-    return given if given.stride(2) == 1 or given.shape[2] == 1 else given.contiguous()

@@ -1,5 +1,5 @@
-"""What surrounds the time loops of :mod:`recurrent_scan`, :mod:`chunked_scan` and :mod:`convolved`: memory for one segment of
-time after the other, what of the whole sequence a segment needs, and what holds for each backward pass.
+"""What surrounds the time loops of :mod:`recurrent_scan`, :mod:`chunked_scan`, :mod:`convolved` and :mod:`relaxed`: memory for
+one segment of time after the other, what of the whole sequence a segment needs, and what holds for each backward pass.
 
 Names: B batch, T time, L steps of a segment, I inputs, W width of a step's sums, H hidden size.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import add_matmul, matmul, room
+from .compiled import add_matmul, matmul
 from .time_loop import State
 
 
@@ -28,7 +28,7 @@ class Scratch:
         size = math.prod(shape)
         part = self.parts.get(name)
         if part is None or part.numel() < size:
-            part = self.parts[name] = room(self.like, size)
+            part = self.parts[name] = self.like.new_empty(size)
         return part[:size].view(shape)
 
 

@@ -5,7 +5,6 @@
 
 #include "convolution.h"
 #include "loop.h"
-#include "pages.h"
 
 namespace {
 
@@ -86,25 +85,24 @@ class Levels {
   }
 };
 
-constexpr int64_t ABREAST = ROWS;  // rows, whose sums stay in the cache that cores share
+constexpr int64_t ABREAST = ROWS;  // rows of a thread, whose sums of all steps exist at a time
 
-// Room for the sums of rows `begin` to `end`, by steps of whole vectors (rows, T, stride).
+// Sums of some rows, by steps of whole vectors (rows, T, stride); the room stays for the rows after them.
 template <typename T>
-Sequence<T> sums_of(const at::Tensor& room, int64_t begin, int64_t width) {
-  const int64_t step = room.size(2), row = room.size(1) * step;
-  return Sequence<T>(room.data_ptr<T>() - begin * row, row, step, width);
-}
+class Sums {
+ public:
+  Sequence<T> of(const at::Tensor& like, int64_t begin, int64_t end, int64_t steps, int64_t width) {
+    const int64_t stride = parts(width, LANES<T>) * LANES<T>, row = steps * stride;
+    if (!room.defined() || room.size(0) < end - begin) {
+      room = at::empty({end - begin, steps, stride}, like.options());
+      room.narrow(2, width, stride - width).zero_();  // vectors reach there
+    }
+    return Sequence<T>(room.data_ptr<T>() - begin * row, row, stride, width);
+  }
 
-at::Tensor room_for_sums(const at::Tensor& like, int64_t rows, int64_t steps, int64_t width) {
+ private:
   at::Tensor room;
-  with_type(like, [&](auto scalar) {
-    constexpr int64_t lanes = LANES<decltype(scalar)>;
-    room = at::empty({rows, steps, parts(width, lanes) * lanes}, like.options());
-  });
-  prefer_large_pages(room);
-  room.narrow(2, width, room.size(2) - width).zero_();
-  return room;
-}
+};
 
 void relaxed_forward(
     const std::string kind, int64_t chunk, const at::Tensor& given, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
@@ -117,11 +115,9 @@ void relaxed_forward(
     const Levels<T> levels(spectra, chunk, steps, width);
     const Sequence<T> inputs(u), x(given);
     const Panels<T> panels(matrix), of_x(weight);
-    std::vector<at::Tensor> room(at::get_num_threads());  // of each thread
+    std::vector<Sums<T>> room(at::get_num_threads());  // of each thread
     const auto run = [&](int64_t begin, int64_t end) {
-      at::Tensor& own = room[at::get_thread_num()];
-      if (!own.defined() || own.size(0) < end - begin) own = room_for_sums(u, end - begin, steps, width);
-      const Sequence<T> sums = sums_of<T>(own, begin, width);
+      const Sequence<T> sums = room[at::get_thread_num()].of(u, begin, end, steps, width);
       for (int64_t at = 0; at < steps; at += chunk) {
         if (at) levels.forward(begin, end, at, inputs, sums);
         const Inputs<T> reading{x.from(at), of_x, bias ? bias->data_ptr<T>() : nullptr};
@@ -147,13 +143,11 @@ void relaxed_backward(
     const Levels<T> levels(spectra, chunk, steps, width);
     const Adjoint<T> adjoint(Panels<T>{to_hidden}, Panels<T>{to_u}, grads, carry, carried);
     const Sequence<T> inputs(u), to_inputs(grad_u), x(given);
-    std::vector<at::Tensor> room(at::get_num_threads());  // of each thread
+    std::vector<Sums<T>> room(at::get_num_threads());  // of each thread
     std::vector<Buffer<T>> kernels(room.size());
     PartialSums<T> matrices;
     const auto run = [&](int64_t begin, int64_t end) {
-      at::Tensor& own = room[at::get_thread_num()];
-      if (!own.defined() || own.size(0) < end - begin) own = room_for_sums(u, end - begin, steps, width);
-      const Sequence<T> sums = sums_of<T>(own, begin, width);
+      const Sequence<T> sums = room[at::get_thread_num()].of(u, begin, end, steps, width);
       Buffer<T>& of_kernels = kernels[at::get_thread_num()];
       if (grad_kernel) of_kernels.resize(levels.numbers());
       std::optional<WeightGradient<T>> weights;
@@ -170,15 +164,14 @@ void relaxed_backward(
     over_rows(batch, run, ABREAST);
     if (grad_matrix) matrices.add_to(*grad_matrix);
     if (!grad_kernel) return;
-    Buffer<T>* total = nullptr;  // in the order of threads, so that equal runs round alike
-    for (Buffer<T>& part : kernels) {
-      if (part.empty()) continue;
-      if (total)
-        for (size_t i = 0; i < part.size(); ++i) (*total)[i] += part[i];
-      else
-        total = &part;
-    }
-    if (total) levels.add_kernel_gradient(total->data(), *grad_kernel);
+    // In the order of threads, so that equal runs round alike.
+    const int64_t numbers = levels.numbers();
+    Buffer<T> total(numbers);
+    at::parallel_for(0, numbers, 1 << 14, [&](int64_t begin, int64_t end) {
+      for (const Buffer<T>& part : kernels)
+        for (int64_t i = begin; i < end && !part.empty(); ++i) total[i] += part[i];
+    });
+    levels.add_kernel_gradient(total.data(), *grad_kernel);
   });
 }
 }  // namespace

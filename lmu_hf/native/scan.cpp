@@ -14,7 +14,6 @@
 #include "matrices.h"
 #include "memory.h"
 #include "merged.h"
-#include "pages.h"
 #include "recurrent.h"
 #include "relaxed.h"
 #include "stream_function.h"
@@ -74,8 +73,9 @@ TORCH_LIBRARY(lmu_hf, library) {
       "Tensor to_u, Tensor[] states, Tensor[] kept, Tensor[] grads, Tensor(a!) grad_u, Tensor(b!) grad_sums, Tensor(c!) carry, "
       "Tensor(d!) carried, Tensor? grad_starts, Tensor(e!) arrived, Tensor[] encoding, Tensor? mask, str activation, "
       "Tensor? given, Tensor? to_given, Tensor? u, Tensor(f!)? grad_given, Tensor(g!)? grad_matrix) -> ()");
-  // A kernel (D, T, W) as its spectrum, in an order of its own; u (B, T, D) convolved with it, which is out (B, T, W) or, if
-  // that is kept, added to it; and the adjoint, which adds to both gradients.
+  // A kernel (D, T, W) as its spectrum, in an order of its own, for transforms of `size` points, with its first lag at point
+  // `offset`; u (B, T, D) convolved with it, which is out (B, T, W) or, if that is kept, added to it; and the adjoint, which adds to
+  // both gradients.
   library.def("convolution_spectrum(Tensor kernel, int size, int offset) -> Tensor");
   library.def("convolution_forward(Tensor u, Tensor spectrum, Tensor(a!) out, bool kept) -> ()");
   library.def(
@@ -93,7 +93,6 @@ TORCH_LIBRARY(lmu_hf, library) {
   // total (M, N) = a (M, K) @ b (K, N), added to what is there if it is kept; whether that is faster than BLAS is.
   library.def("add_product(Tensor(a!) total, Tensor a, Tensor b, bool kept) -> ()");
   library.def("outdoes_blas() -> bool", &outdoes_blas);
-  library.def("prefer_large_pages(Tensor tensor) -> ()");
   // starts (M, D, N), u (M, C, D), A (S, N, N), B (S, N), states (M, C, D, N); N up to 32. `arriving` takes the gradients that
   // reach each state, later ones included.
   library.def("memory_forward(Tensor starts, Tensor u, Tensor A, Tensor B, Tensor(a!) states) -> ()");
@@ -118,7 +117,6 @@ TORCH_LIBRARY_IMPL(lmu_hf, CPU, library) {
   library.impl("relaxed_forward", &relaxed_forward);
   library.impl("relaxed_backward", &relaxed_backward);
   library.impl("add_product", &add_product);
-  library.impl("prefer_large_pages", &prefer_large_pages);
   library.impl("memory_forward", &memory_forward);
   library.impl("memory_backward", &memory_backward);
 }

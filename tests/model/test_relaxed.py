@@ -69,6 +69,26 @@ def test_frozen_weights(trained, monkeypatch):
         assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.abs().max()))
 
 
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_a_gradient_of_one_result_alone(cell, monkeypatch):
+    """Nothing then reaches u, or the sequences of the other results."""
+    take(monkeypatch, 4, "relaxed")
+    layer, x = build(cell, "all", "scales"), torch.randn(4, 23, 3, dtype=F64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+
+    def gradients(algorithm):
+        layer.algorithm = algorithm
+        output, state = layer(x)
+        for result in (output, *state.tensors()):
+            yield torch.autograd.grad(
+                result.square().sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+
+    for ours, naive in zip(gradients("auto"), gradients("naive"), strict=True):
+        for one, other in zip(ours, naive, strict=True):
+            assert (one - other).abs().max() < 1e-11 * max(1.0, float(other.abs().max()))
+
+
 def test_last_output_and_no_state(monkeypatch):
     take(monkeypatch, 4, "relaxed")
     layer = build("lstm", "all", "one")
@@ -93,11 +113,19 @@ def test_rows_do_not_meet(monkeypatch):
     assert found[1, 21:].isnan().all()
 
 
-def test_inputs_of_any_strides(monkeypatch):
-    take(monkeypatch, 4, "relaxed")
-    layer = build("rnn", "all", "one")
-    x = torch.randn(3, 3, 21, dtype=F64).mT
-    assert torch.equal(layer(x)[0], layer(x.contiguous())[0])
+@pytest.mark.parametrize("memory", ["relaxed", "lookahead"])
+def test_inputs_of_any_strides(memory, monkeypatch):
+    take(monkeypatch, 4, memory)
+    wide = LMU(32, 1, 4, 9.0, "rnn", 5, hidden_to_memory=True, return_sequences=True, return_state=True, dtype=F64)
+    windows = torch.randn(2, 41, dtype=F64).unfold(1, 32, 1)
+    transposed = torch.randn(3, 3, 21, dtype=F64).mT
+    for layer, x in ((build("rnn", "all", "one"), transposed), (wide, windows)):
+        found = []
+        for given in (x, x.contiguous()):
+            given = given.detach().requires_grad_()
+            output = layer(given)[0]
+            found.append((output, *torch.autograd.grad(output.square().sum(), given)))
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("change", ["nothing", "a state", "an activation", "dropout", "the look-ahead by name"])

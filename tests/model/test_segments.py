@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_layer import CONFIGS, F64, build, distance, flat
 
+from lmu_hf.model import layer as layer_module
 from lmu_hf.model.layer import LMU
 
 
@@ -96,6 +97,20 @@ def test_the_plan_is_that_of_a_segment():
     layer.checkpoint_steps = 8
     assert layer.explain(2, 5000, training=True) == layer.explain(2, 8, training=True)
     assert layer.explain(2, 5000, training=False) == whole._replace(chunk=layer.explain(2, 5000, training=False).chunk)
+
+
+@pytest.mark.usefixtures("compiled_loop")
+def test_a_segment_does_not_begin_at_rest(monkeypatch):
+    """So ways that ask for an empty memory are neither taken nor promised."""
+    layer = LMU(1, 1, 256, 784.0, "rnn", 212, hidden_to_memory=True, return_sequences=True)
+    layer.checkpoint_steps = 100
+    plans, make_plan = [], layer_module.make_plan
+    monkeypatch.setattr(layer_module, "make_plan", lambda *a, **k: plans.append(make_plan(*a, **k)) or plans[-1])
+    assert layer.explain(3, 100, training=True).memory == "relaxed"
+    promised = layer.explain(3, 300, training=True)
+    layer(torch.randn(3, 300, 1))
+    assert promised.memory != "relaxed"
+    assert plans == [promised] * 5
 
 
 @pytest.mark.parametrize("name", CONFIGS)
