@@ -104,13 +104,13 @@ def test_a_segment_does_not_begin_at_rest(monkeypatch):
     """So ways that ask for an empty memory are neither taken nor promised."""
     layer = LMU(1, 1, 256, 784.0, "rnn", 212, hidden_to_memory=True, return_sequences=True)
     layer.checkpoint_steps = 100
+    assert layer.explain(3, 100, training=True).memory == "relaxed"
     plans, make_plan = [], layer_module.make_plan
     monkeypatch.setattr(layer_module, "make_plan", lambda *a, **k: plans.append(make_plan(*a, **k)) or plans[-1])
-    assert layer.explain(3, 100, training=True).memory == "relaxed"
     promised = layer.explain(3, 300, training=True)
     layer(torch.randn(3, 300, 1))
     assert promised.memory != "relaxed"
-    assert plans == [promised] * 5
+    assert plans == [promised] * 4
 
 
 @pytest.mark.parametrize("name", CONFIGS)
