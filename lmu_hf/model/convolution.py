@@ -85,8 +85,8 @@ class _CompiledConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, kernel: Tensor) -> Tensor:
         ctx.save_for_backward(u, kernel)
-        out = u.new_empty(*u.shape[:2], kernel.shape[2])
-        convolve(kernel)(u, out, kept=False)
+        out = u.new_zeros(*u.shape[:2], kernel.shape[2])
+        convolve(kernel)(u, out)
         return out
 
     @staticmethod
@@ -106,20 +106,19 @@ class _CompiledConvolution(torch.autograd.Function):
         return grads
 
 
-def convolve(kernel: Tensor) -> Callable[..., None]:
+def convolve(kernel: Tensor) -> Callable[[Tensor, Tensor], None]:
     """A function that adds to a tensor (B, T, W), its second argument, the convolution of its first, u (B, T, D), with the kernel
-    (D, T, W); with ``kept=False`` that takes its place. No gradients."""
+    (D, T, W). No gradients."""
     if not available(kernel):
 
-        def by_torch(u: Tensor, out: Tensor, *, kept: bool = True) -> None:
-            made = spectral_convolution(u, kernel)
-            out.copy_(out + made if kept else made)
+        def by_torch(u: Tensor, out: Tensor) -> None:
+            out += spectral_convolution(u, kernel)
 
         return by_torch
     spectrum = _spectrum(kernel)
 
-    def compiled(u: Tensor, out: Tensor, *, kept: bool = True) -> None:
-        torch.ops.lmu_hf.convolution_forward(with_rows(u), spectrum, out, kept)
+    def compiled(u: Tensor, out: Tensor) -> None:
+        torch.ops.lmu_hf.convolution_forward(with_rows(u), spectrum, out)
 
     return compiled
 

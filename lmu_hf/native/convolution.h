@@ -228,8 +228,8 @@ void check_sizes(const at::Tensor& u, const at::Tensor& spectrum, const at::Tens
 constexpr int64_t TOGETHER = 16;  // rows, whose places in a (B, T, W) tensor stay in the cache while its columns pass
 constexpr int64_t SENDING = 4;    // rows, of which what each column sends back stays in the cache of a core
 
-// out (B, T, W) = u (B, T, D) convolved with the kernels of the spectrum, summed over D, and what is there if that is kept
-void convolution_forward(const at::Tensor& u, const at::Tensor& spectrum, const at::Tensor& out, bool kept) {
+// out (B, T, W) += u (B, T, D) convolved with the kernels of the spectrum, summed over D
+void convolution_forward(const at::Tensor& u, const at::Tensor& spectrum, const at::Tensor& out) {
   with_type(out, [&](auto scalar) {
     using T = decltype(scalar);
     check_sizes(u, spectrum, out);
@@ -245,7 +245,7 @@ void convolution_forward(const at::Tensor& u, const at::Tensor& spectrum, const 
         Buffer<T> points(convolution.transform.numbers());
         for (int64_t group = begin; group < end; ++group)
           for (int64_t b = tile; b < past; ++b)
-            convolution.add_to(&signals[(b - tile) * signal], group, {to, 0, steps}, b, points.data(), kept);
+            convolution.add_to(&signals[(b - tile) * signal], group, {to, 0, steps}, b, points.data(), true);
       });
     }
   });

@@ -74,10 +74,9 @@ TORCH_LIBRARY(lmu_hf, library) {
       "Tensor(d!) carried, Tensor? grad_starts, Tensor(e!) arrived, Tensor[] encoding, Tensor? mask, str activation, "
       "Tensor? given, Tensor? to_given, Tensor? u, Tensor(f!)? grad_given, Tensor(g!)? grad_matrix) -> ()");
   // A kernel (D, T, W) as its spectrum, in an order of its own, for transforms of `size` points, with its first lag at point
-  // `offset`; u (B, T, D) convolved with it, which is out (B, T, W) or, if that is kept, added to it; and the adjoint, which adds to
-  // both gradients.
+  // `offset`; u (B, T, D) convolved with it, which is added to out (B, T, W); and the adjoint, which adds to both gradients.
   library.def("convolution_spectrum(Tensor kernel, int size, int offset) -> Tensor");
-  library.def("convolution_forward(Tensor u, Tensor spectrum, Tensor(a!) out, bool kept) -> ()");
+  library.def("convolution_forward(Tensor u, Tensor spectrum, Tensor(a!) out) -> ()");
   library.def(
       "convolution_backward(Tensor u, Tensor spectrum, Tensor grad, Tensor(a!)? grad_u, Tensor(b!)? grad_kernel) -> ()");
   // All steps of a coupled layer whose memory begins empty: given (B, T, I) with its weight and bias, u (B, T, D), and the spectra
