@@ -39,10 +39,10 @@ class _Factors(NamedTuple):
 
 
 # Without and with a backward pass.
-_SCAN = (_Factors(259e3, 6.42, 0.0357, 0.0, 1.9), _Factors(535e3, 30.7, 0.146, 0.0, 0.0))
+_SCAN = (_Factors(274e3, 5.5, 0.0377, 0.0, 1.9), _Factors(534e3, 30.7, 0.151, 0.0, 0.0))
 _CHUNKED = (
-    _Factors(360e3, 35.2e3, 0.0098, 0.288, 3.71, 0.814, 0.0882),
-    _Factors(559e3, 149e3, 0.0183, 1.41, 11.9, 3.21, 0.0, 2.0),
+    _Factors(332e3, 42.3e3, 0.00907, 0.18, 3.71, 0.856, 0.0905),
+    _Factors(519e3, 173e3, 0.0166, 1.39, 17.5, 3.34, 0.0, 2.09),
 )
 _FFT = (_Factors(431e3, 0.0, 0.08, 0.51, 3.4), _Factors(780e3, 0.0, 0.244, 1.12, 7.2))
 
@@ -120,8 +120,8 @@ class Transforms(NamedTuple):
 
 # All states of a memory, without and with a backward pass.
 _COMPILED_FFT = (
-    Transforms(400e3, 0.112, 0.264, 0.0, 0.0, 0.488, 2.0),
-    Transforms(748e3, 0.505, 0.053, 0.0, 0.0, 1.45, 4.15),
+    Transforms(383e3, 0.111, 0.359, 0.0, 0.0, 0.594, 1.64),
+    Transforms(814e3, 0.604, 0.0533, 0.0, 0.0, 1.94, 4.15),
 )
 # Steps from which they are worth it for many rows: of fewer, one product does it all.
 _TRANSFORMED = 32
