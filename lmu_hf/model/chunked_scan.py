@@ -19,6 +19,7 @@ from .by_system import fold_rows, fold_state, product
 from .compiled import SMALL_ORDER, add_matmul, available, matmul, with_rows
 from .folding import ChunkOperators
 from .gates import Pointwise
+from .memory import wants_gradient
 from .precision import full_float32
 from .scan import scan_class
 from .scratch import Scratch, arriving, before_each, first_derivative, known_sums, of_steps
@@ -65,7 +66,7 @@ def chunked_scan(
         state tensor after every step (B, T, H).
     """
     inputs = (None if given is None else with_rows(given), weight, bias, u, memory, *operators, *states)
-    u, starts, *sequences = _ChunkedScan.apply(_Settings(cell, steps, activation), *inputs)
+    u, starts, *sequences = _ChunkedScan.apply(_Settings(cell, steps, activation, wants_gradient(*inputs)), *inputs)
     return u, starts, tuple(sequences)
 
 
@@ -75,6 +76,7 @@ class _Settings(NamedTuple):
     cell: Pointwise
     steps: int
     activation: str
+    backward: bool
 
 
 _OPERATORS = len(ChunkOperators._fields)
@@ -121,7 +123,7 @@ class _ChunkedScan(torch.autograd.Function):
         batch, width, steps = states[0].shape[0], step.shape[1], settings.steps
         sizes = _Sizes(batch, steps, memory, operators, feedback=feedback)
         dims, total = sizes.dims, sizes.total
-        kept = settings.cell.allocate(states, steps)
+        kept = settings.cell.allocate(states, steps, backward=settings.backward)
         starts = step.new_empty(batch, sizes.chunks, memory[0].numel())
         if u is None:
             u = step.new_empty(batch, total, dims)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .compiled import add_matmul, matmul
 from .convolution import convolve, convolve_back
 from .gates import Pointwise
+from .memory import wants_gradient
 from .scan import scan_class
 from .scratch import arriving, first_derivative, known_sums
 from .time_loop import State, TimeLoop
@@ -50,14 +51,15 @@ def convolved_scan(
     Returns:
         Each state tensor after every step (B, T, H).
     """
-    return _ConvolvedScan.apply(cell, given, weight, bias, u, kernel, hidden_weight, *states)
+    inputs = (given, weight, bias, u, kernel, hidden_weight, *states)
+    return _ConvolvedScan.apply(cell, wants_gradient(*inputs), *inputs)
 
 
 class _ConvolvedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: Pointwise, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, cell: Pointwise, wanted: bool, *inputs: Any) -> tuple[Tensor, ...]:
         given, weight, bias, u, kernel, hidden_weight, *states = inputs
-        kept = cell.allocate(tuple(states), u.shape[1])
+        kept = cell.allocate(tuple(states), u.shape[1], backward=wanted)
         width = hidden_weight.shape[1]
         convolution = convolve(kernel)
         sums: Any = None
@@ -75,14 +77,14 @@ class _ConvolvedScan(torch.autograd.Function):
     @staticmethod
     @first_derivative
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *_backward(ctx, grads)
+        return None, None, *_backward(ctx, grads)
 
 
 def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     given, weight, bias, u, kernel, hidden_weight, *rest = ctx.saved_tensors
     states, kept = rest[: ctx.states], tuple(rest[ctx.states :])
     names = ("given", "weight", "bias", "u", "kernel", "hidden_weight")
-    wanted = dict(zip(names, ctx.needs_input_grad[1:], strict=False))
+    wanted = dict(zip(names, ctx.needs_input_grad[2:], strict=False))
     steps, width = u.shape[1], hidden_weight.shape[1]
     # Those that are added to begin with zeros.
     made = {

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cells import DenseCell, GRUCell, LSTMCell, RNNCell, TorchCell
+from .compiled import available
 
 
 class GateWeights(NamedTuple):
@@ -320,12 +321,21 @@ class Pointwise(NamedTuple):
     kind: str
     linear: int = 0
 
-    def allocate(self, states: tuple[Tensor, ...], steps: int) -> tuple[Tensor, ...]:
-        """Room for what a run of ``steps`` steps keeps: first one (B, T, features) per state. Not initialised."""
+    def allocate(self, states: tuple[Tensor, ...], steps: int, *, backward: bool = True) -> tuple[Tensor, ...]:
+        """Room for what a run of ``steps`` steps keeps: first one (B, T, features) per state. Not initialised.
+
+        What further ones hold, only ``backward`` asks for. Without it all steps of the compiled loops share the room of one.
+        """
         first = states[0]
         batch, size = first.shape
         further = [multiple * (size - self.linear) for multiple in GATES[self.kind].keeps]
-        return tuple(first.new_empty(batch, steps, features) for features in (size, *further))
+        whole = len(states) if not backward and available(first) else 1 + len(further)
+        return tuple(
+            first.new_empty(batch, steps, features)
+            if index < whole
+            else first.new_empty(batch, 1, features).expand(-1, steps, -1)
+            for index, features in enumerate((size, *further))
+        )
 
     def gates(self, states: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> Gates:
         """The steps of a run from ``states`` on; ``kept`` is what :meth:`allocate` made."""

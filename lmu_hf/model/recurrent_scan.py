@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .compiled import MOST_NUMBERS, add_matmul, available, matmul
 from .gates import Pointwise
+from .memory import wants_gradient
 from .precision import full_float32
 from .scan import scan_class
 from .scratch import Scratch, arriving, before_each, first_derivative, known_sums
@@ -49,7 +50,7 @@ def recurrent_scan(cell: Pointwise, given: Tensor, matrix: Tensor, states: State
     """
     if given.stride(2) != 1:
         given = given.contiguous()
-    return _RecurrentScan.apply(_Settings(cell, constant), given, matrix, *states)
+    return _RecurrentScan.apply(_Settings(cell, constant, wants_gradient(given, matrix, *states)), given, matrix, *states)
 
 
 class _Settings(NamedTuple):
@@ -57,6 +58,7 @@ class _Settings(NamedTuple):
 
     cell: Pointwise
     constant: bool
+    backward: bool
 
 
 class _Parts(NamedTuple):
@@ -77,7 +79,7 @@ class _RecurrentScan(torch.autograd.Function):
     def forward(ctx: Any, settings: _Settings, given: Tensor, matrix: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         cell, linear = settings.cell, settings.cell.linear
         states = tuple(state.contiguous() for state in states)
-        kept = cell.allocate(states, given.shape[1])
+        kept = cell.allocate(states, given.shape[1], backward=settings.backward)
         if _in_one_call(given, matrix):
             alone = matrix.new_empty(*given.shape[:2], states[0].shape[1] - linear) if linear else None
             torch.ops.lmu_hf.recurrent_forward(*cell, given, matrix, states, kept, alone)

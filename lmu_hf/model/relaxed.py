@@ -15,7 +15,7 @@ Compiled loops only: blocks are many, and short. Names: B batch, T time, C steps
 inputs; W = D + G is the width of a step's sums.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .compiled import available, with_rows
 from .gates import Pointwise
+from .memory import wants_gradient
 from .scan import CompiledScan
 from .scratch import arriving, first_derivative
 from .time_loop import State
@@ -54,16 +55,25 @@ def relaxed_scan(
         u (B, T, D), and each state tensor after every step (B, T, H).
     """
     assert available(given)
-    u, *sequences = _RelaxedScan.apply((cell, block), given, weight, bias, kernel, hidden_weight, *states)
+    inputs = (given, weight, bias, kernel, hidden_weight, *states)
+    u, *sequences = _RelaxedScan.apply(_Settings(cell, block, wants_gradient(*inputs)), *inputs)
     return u, tuple(sequences)
+
+
+class _Settings(NamedTuple):
+    """What is no tensor; see :func:`relaxed_scan`."""
+
+    cell: Pointwise
+    block: int
+    backward: bool
 
 
 class _RelaxedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, settings: tuple[Pointwise, int], *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, settings: _Settings, *inputs: Any) -> tuple[Tensor, ...]:
         given, weight, bias, kernel, hidden_weight, *states = inputs
         u = given.new_empty(*given.shape[:2], len(kernel))
-        kept = settings[0].allocate(tuple(states), u.shape[1])
+        kept = settings.cell.allocate(tuple(states), u.shape[1], backward=settings.backward)
         given = with_rows(given)
         loop, spectra = _prepare(settings, kernel, hidden_weight, u, tuple(states), kept)
         loop.relaxed_forward(given, weight, bias, u, spectra)
@@ -104,10 +114,10 @@ class _RelaxedScan(torch.autograd.Function):
 
 
 def _prepare(
-    settings: tuple[Pointwise, int], kernel: Tensor, hidden_weight: Tensor, u: Tensor, states: State, kept: State
+    settings: _Settings, kernel: Tensor, hidden_weight: Tensor, u: Tensor, states: State, kept: State
 ) -> tuple[CompiledScan, list[Tensor]]:
     """The loop over blocks, and the spectra of the kernel for 1, 2, 4, .. of them."""
-    (cell, block), steps, kernel = settings, u.shape[1], kernel.contiguous()
+    (cell, block, _), steps, kernel = settings, u.shape[1], kernel.contiguous()
     short = F.pad(kernel[:, : block - 1], (0, 0, 0, max(block - steps, 0)))
     step = torch.cat([short.flip(1).transpose(0, 1).flatten(0, 1), hidden_weight])
     lengths = [block << level for level in range((-(-steps // block) - 1).bit_length())]

@@ -9,7 +9,7 @@ from torch import nn
 
 from lmu_hf.model import scan
 from lmu_hf.model.compiled import available
-from lmu_hf.model.gates import GATES, gate_weights
+from lmu_hf.model.gates import GATES, Pointwise, gate_weights
 from lmu_hf.model.layer import LMU
 
 
@@ -201,6 +201,43 @@ def test_no_state_where_none_is_wanted(connections, memory, return_sequences, mo
     layer.stateful, layer.return_state = True, False
     layer(x)
     assert layer._state is not None
+
+
+@pytest.mark.parametrize(
+    ("connections", "memory"),
+    [
+        ("all", "lookahead"),
+        ("all", "relaxed"),
+        ("all", "merged"),
+        ("none", "folded"),
+        ("none", "written"),
+        ("none", "convolved"),
+    ],
+)
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_without_a_backward_pass(cell, connections, memory, loop, monkeypatch):
+    """Nothing is kept for it, and nothing else changes."""
+    if memory == "relaxed" and loop == "python":
+        pytest.skip("no compiled loop")
+    take(monkeypatch, 4, memory)
+    monkeypatch.setitem(CONNECTIONS, "none", {})
+    layer = build(cell, connections, "scales")
+    x, lengths = torch.randn(3, 9, 3, dtype=F64), torch.tensor([9, 4, 0])
+    output, state = layer(x, lengths=lengths)
+    with torch.no_grad():
+        alone, own = layer(x, lengths=lengths)
+    assert output.requires_grad
+    for one, other in zip((output, *state.tensors()), (alone, *own.tensors()), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_room_without_a_backward_pass(kind, loop):
+    states = tuple(torch.zeros(2, 5) for _ in range(1 + (kind == "lstm")))
+    kept = Pointwise(kind).allocate(states, 100, backward=False)
+    needed = [part.untyped_storage().nbytes() for part in kept[len(states) :]]
+    assert needed == [2 * 20 * 4 * (100 if loop == "python" else 1)]
+    assert all(part.shape == (2, 100, 5) and part.is_contiguous() for part in kept[: len(states)])
 
 
 @pytest.mark.parametrize(("connections", "memory"), [("all", "lookahead"), ("all", "merged"), ("none", "folded")])
