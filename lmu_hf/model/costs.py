@@ -23,10 +23,16 @@ DEFAULT_CHUNK = 32
 # Numbers beyond which a tensor is taken from the system anew each time, so that touching it costs more than computing it.
 _LARGE = 4 << 20
 
+# Of a vector, and so columns of a kernel that go together.
+LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+# What a loop whose numbers fill half of such a vector takes, beside products that gained from its width.
+_HALF_FULL = 1.15
+
 
 class _Factors(NamedTuple):
     """Nanoseconds: of a call, of a chunk or step, per multiply-add, per number written, per number of a large tensor, per number
-    of a chunk's operator, where the starts of the chunks come first, of what makes one start of the last, and per number of u."""
+    of a chunk's operator, where the starts of the chunks come first, of what makes one start of the last, and per number of u;
+    and per chunk whose start comes first."""
 
     call: float
     part: float
@@ -36,13 +42,14 @@ class _Factors(NamedTuple):
     operator: float = 0.0
     start: float = 0.0
     signal: float = 0.0
+    begun: float = 0.0
 
 
 # Without and with a backward pass.
-_SCAN = (_Factors(274e3, 5.5, 0.0377, 0.0, 1.9), _Factors(534e3, 30.7, 0.151, 0.0, 0.0))
+_SCAN = (_Factors(152e3, 5.64, 0.0382, 0.0, 1.9), _Factors(552e3, 33.3, 0.116, 0.0, 0.0))
 _CHUNKED = (
-    _Factors(332e3, 42.3e3, 0.00907, 0.18, 3.71, 0.856, 0.0905),
-    _Factors(519e3, 173e3, 0.0166, 1.39, 17.5, 3.34, 0.0, 2.09),
+    _Factors(184e3, 46.9e3, 0.0129, 0.1, 2.06, 0.476, 0.163, 0.0, 23.3e3),
+    _Factors(498e3, 216e3, 0.0271, 0.589, 9.25, 2.61, 0.0, 1.89, 184e3),
 )
 _FFT = (_Factors(431e3, 0.0, 0.08, 0.51, 3.4), _Factors(780e3, 0.0, 0.244, 1.12, 7.2))
 
@@ -71,6 +78,7 @@ def memory_costs(
         lanes = next(lanes for lanes in (8, 16, 32) if order <= lanes)
         parallel = min(rows, torch.get_num_threads())
         each = rows * steps / parallel * (own.part + own.product * order * lanes)
+        each *= _HALF_FULL if lanes < LANES else 1
         costs["scan", 0] = own.call + each + own.large * max(numbers - _LARGE, 0)
     if at_rest and compiled and (steps >= _TRANSFORMED or rows < MANY_ROWS):
         costs["fft", 0] = systems * transforms_cost(_COMPILED_FFT[training], rows // systems, steps, order)
@@ -81,14 +89,14 @@ def memory_costs(
         chunks = -(-steps // size)
         inputs: float = order + size
         if rows < MANY_ROWS:
-            read, start = 1, own.start * order * (order + size)
+            read, start = 1, own.begun + own.start * order * (order + size)
         else:  # the state passes from chunk to chunk; a memory that began empty has all inputs so far in its place at first
             begun = min(order, steps)
-            read, start = chunks, 3 * own.number * rows * order * (1 - begun / steps)
+            read, start = chunks, own.part + 3 * own.number * rows * order * (1 - begun / steps)
             inputs -= begun / steps * (inputs - (begun + size) / 2)
         work = numbers * (own.product * inputs + own.number) + own.operator * size * order * inputs * read
         work += own.signal * rows * steps + own.large * max(numbers - _LARGE, 0)
-        costs["chunked", size] = own.call + chunks * (own.part + start) + work
+        costs["chunked", size] = own.call + chunks * start + work
         if size >= steps:
             break
     return costs
@@ -120,13 +128,11 @@ class Transforms(NamedTuple):
 
 # All states of a memory, without and with a backward pass.
 _COMPILED_FFT = (
-    Transforms(383e3, 0.111, 0.359, 0.0, 0.0, 0.594, 1.64),
-    Transforms(814e3, 0.604, 0.0533, 0.0, 0.0, 1.94, 4.15),
+    Transforms(202e3, 0.0769, 0.32, 0.0, 0.0, 0.4, 1.24),
+    Transforms(961e3, 0.456, 0.0536, 0.0, 0.0, 0.416, 4.13),
 )
 # Steps from which they are worth it for many rows: of fewer, one product does it all.
 _TRANSFORMED = 32
-# Of a vector, and so columns of a kernel that go together.
-LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
 def transforms_cost(own: Transforms, rows: int, steps: int, columns: int, signals: int = 1) -> float:

@@ -134,6 +134,8 @@ _PYTHON_STEP = (22e3, 50e3)
 
 # Numbers of a matrix that stay in the cache next to the processor; what more there is, is read anew in each step.
 _NEAR = 1e5
+# Sums of a row, of which each thread keeps those of some rows: with more, chunks take less memory, and little more time.
+_LONGEST = 1 << 21
 # Numbers of the gradients of spectra for which there is room, 128 MiB in float32.
 _MOST_OF_SPECTRA = 1 << 25
 # Numbers of one that stay in a core's.
@@ -165,7 +167,7 @@ def relaxed_cost(sizes: Recurrence, *, training: bool) -> tuple[int, float]:
     matrix = (hidden + (block - 1) * dims) * width
     # Of the gradients of all spectra, which each thread adds up by itself.
     spectra = 2 * steps * dims * width * min(threads, batch)
-    if matrix > MOST_NUMBERS or (training and spectra > _MOST_OF_SPECTRA):
+    if matrix > MOST_NUMBERS or steps * width > _LONGEST or (training and spectra > _MOST_OF_SPECTRA):
         return block, math.inf
     blocks, signals, kernels = -(-steps // block), 0.0, 0.0
     for level in range((blocks - 1).bit_length()):
