@@ -27,6 +27,16 @@ SHAPES = [
     (MANY_ROWS, 21, 1, 33, 30.0),
     (MANY_ROWS // 2 + 1, 43, 2, 21, (40.0, 17.0)),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _compiled_where_asked(request):
+    """ "scan" is compiled or nothing."""
+    asked = getattr(request.node, "callspec", None)
+    if asked is not None and "scan" in [*asked.params.values(), asked.params.get("arguments", {}).get("algorithm")]:
+        request.getfixturevalue("compiled_loop")
+
+
 # float64: rounding of ~200 steps. float32: the chunked state is good to ~5e-7 of its size, which is about 1 to 3 here.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
