@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import MOST_NUMBERS, add_matmul, available, matmul
+from .compiled import MOST_NUMBERS, add_matmul, available, matmul, with_rows
 from .gates import Pointwise
 from .memory import wants_gradient
 from .precision import full_float32
@@ -48,8 +48,7 @@ def recurrent_scan(cell: Pointwise, given: Tensor, matrix: Tensor, states: State
         Each state tensor after every step (B, T, H). Where the first is [m, h], h alone comes once more after them, so that its
         gradient need not be filled up to that of [m, h].
     """
-    if given.stride(2) != 1:
-        given = given.contiguous()
+    given = with_rows(given)
     return _RecurrentScan.apply(_Settings(cell, constant, wants_gradient(given, matrix, *states)), given, matrix, *states)
 
 

@@ -135,7 +135,16 @@ class WeightGradient {
   }
 };
 
-// Such gradients by thread, added up in the order of threads, so that equal runs round alike.
+// Adds to numbers what each thread has summed up, or nothing; in the order of threads, so that equal runs round alike.
+template <typename T, typename Part>
+void add_parts(const std::vector<Part>& parts, T* to, int64_t numbers) {
+  at::parallel_for(0, numbers, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (const Part& part : parts)
+      for (int64_t i = begin; i < end && !part.empty(); ++i) to[i] += part[i];
+  });
+}
+
+// Such gradients by thread.
 template <typename T>
 class PartialSums {
  public:
@@ -144,11 +153,7 @@ class PartialSums {
     part.resize(gradient.size());
     gradient.add_to(part.data());
   }
-  void add_to(const at::Tensor& total) {
-    T* to = total.data_ptr<T>();
-    for (const auto& part : parts)
-      for (size_t i = 0; i < part.size(); ++i) to[i] += part[i];
-  }
+  void add_to(const at::Tensor& total) const { add_parts(parts, total.data_ptr<T>(), total.numel()); }
 
  private:
   std::vector<std::vector<T>> parts = std::vector<std::vector<T>>(at::get_num_threads());

@@ -164,13 +164,8 @@ void relaxed_backward(
     over_rows(batch, run, ABREAST);
     if (grad_matrix) matrices.add_to(*grad_matrix);
     if (!grad_kernel) return;
-    // In the order of threads, so that equal runs round alike.
-    const int64_t numbers = levels.numbers();
-    Buffer<T> total(numbers);
-    at::parallel_for(0, numbers, 1 << 14, [&](int64_t begin, int64_t end) {
-      for (const Buffer<T>& part : kernels)
-        for (int64_t i = begin; i < end && !part.empty(); ++i) total[i] += part[i];
-    });
+    Buffer<T> total(levels.numbers());
+    add_parts(kernels, total.data(), total.size());
     levels.add_kernel_gradient(total.data(), *grad_kernel);
   });
 }

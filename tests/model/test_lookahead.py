@@ -218,8 +218,7 @@ def test_no_state_where_none_is_wanted(connections, memory, return_sequences, mo
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 def test_without_a_backward_pass(cell, connections, memory, loop, monkeypatch):
     """Nothing is kept for it, and nothing else changes."""
-    if memory == "relaxed" and loop == "python":
-        pytest.skip("no compiled loop")
+    needs_compiled(memory)
     take(monkeypatch, 4, memory)
     monkeypatch.setitem(CONNECTIONS, "none", {})
     layer = build(cell, connections, "scales")
@@ -241,19 +240,23 @@ def test_room_without_a_backward_pass(kind, loop):
     assert all(part.shape == (2, 100, 5) and part.is_contiguous() for part in kept[: len(states)])
 
 
-@pytest.mark.parametrize(("connections", "memory"), [("all", "lookahead"), ("all", "merged"), ("none", "folded")])
+@pytest.mark.parametrize(
+    ("connections", "memory"), [("all", "lookahead"), ("all", "relaxed"), ("all", "merged"), ("none", "folded")]
+)
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 def test_a_gradient_of_one_result_alone(cell, connections, memory, loop, monkeypatch):
     """Nothing then reaches the sequences of the others."""
+    needs_compiled(memory)
     take(monkeypatch, 4, memory)
     monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": True})
-    layer, x = build(cell, connections, "scales"), torch.randn(4, 11, 3, dtype=F64)
-    start = tuple(torch.randn_like(part).requires_grad_() for part in layer.cell.initial_state(x).tensors())
-    inputs = [*start, *layer.parameters()]
+    layer, x = build(cell, connections, "scales"), torch.randn(4, 23, 3, dtype=F64, requires_grad=True)
+    zeros = () if memory == "relaxed" else layer.cell.initial_state(x).tensors()  # that one begins at rest
+    start = tuple(torch.randn_like(part).requires_grad_() for part in zeros)
+    inputs = [x, *start, *layer.parameters()]
 
     def gradients(algorithm):
         layer.algorithm = algorithm
-        output, state = layer(x, start)
+        output, state = layer(x, start or None)
         for result in (output, *state.tensors()):
             yield torch.autograd.grad(
                 result.square().sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -265,9 +268,10 @@ def test_a_gradient_of_one_result_alone(cell, connections, memory, loop, monkeyp
 
 
 @pytest.mark.parametrize("trained", [(), ("kernel",), ("weight_hh",), ("bias", "weight_ih"), ("recurrent_kernel",)])
-@pytest.mark.parametrize("memory", ["lookahead", "merged"])
+@pytest.mark.parametrize("memory", ["lookahead", "relaxed", "merged"])
 def test_frozen_weights(memory, trained, loop, monkeypatch):
     """Gradients of x and of some weights alone."""
+    needs_compiled(memory)
     take(monkeypatch, 4, memory)
     layer, x = build("gru", "all", "scales"), torch.randn(4, 11, 3, dtype=F64, requires_grad=True)
     for name, parameter in layer.named_parameters():

@@ -51,44 +51,6 @@ def test_order_256_in_float32(monkeypatch):
     assert errors["relaxed"] < 2 * errors["lookahead"] + 1e-6
 
 
-@pytest.mark.parametrize("trained", [(), ("kernel",), ("weight_hh",), ("bias", "weight_ih"), ("recurrent_kernel",)])
-def test_frozen_weights(trained, monkeypatch):
-    """Gradients of x and of some weights alone."""
-    take(monkeypatch, 4, "relaxed")
-    layer, x = build("gru", "all", "scales"), torch.randn(4, 11, 3, dtype=F64, requires_grad=True)
-    for name, parameter in layer.named_parameters():
-        parameter.requires_grad_(name.rpartition(".")[2] in trained)
-    inputs = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    found = []
-    for layer.algorithm in ("auto", "naive"):
-        output, state = layer(x)
-        loss = output.square().sum() + state.memory.square().sum()
-        found.append(torch.autograd.grad(loss, [x, *inputs], retain_graph=True))
-        found.append(torch.autograd.grad(loss, inputs or [x]))
-    for ours, naive in zip(sum(found[:2], ()), sum(found[2:], ()), strict=True):
-        assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.abs().max()))
-
-
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
-def test_a_gradient_of_one_result_alone(cell, monkeypatch):
-    """Nothing then reaches u, or the sequences of the other results."""
-    take(monkeypatch, 4, "relaxed")
-    layer, x = build(cell, "all", "scales"), torch.randn(4, 23, 3, dtype=F64, requires_grad=True)
-    inputs = [x, *layer.parameters()]
-
-    def gradients(algorithm):
-        layer.algorithm = algorithm
-        output, state = layer(x)
-        for result in (output, *state.tensors()):
-            yield torch.autograd.grad(
-                result.square().sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-
-    for ours, naive in zip(gradients("auto"), gradients("naive"), strict=True):
-        for one, other in zip(ours, naive, strict=True):
-            assert (one - other).abs().max() < 1e-11 * max(1.0, float(other.abs().max()))
-
-
 def test_last_output_and_no_state(monkeypatch):
     take(monkeypatch, 4, "relaxed")
     layer = build("lstm", "all", "one")
