@@ -294,9 +294,12 @@ class LMU(nn.Module):
         whole = x.shape[1] <= steps or not torch.is_grad_enabled()
         compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
         unrolls = compiling and self.algorithm != "naive" and x.shape[1] > 1 and (cell.coupled or self._hidden_is_recurrent)
-        at_once = self._run_past_the_compiler if unrolls else self._run_at_once
         # A segment starts from the state of the one before.
-        run = partial(at_once, cell, dropout, return_sequences, return_state or not whole)
+        run = partial(self._run_at_once, cell, dropout, return_sequences, return_state or not whole)
+        if unrolls:
+            from .uncompiled import run_uncompiled
+
+            run = partial(run_uncompiled, run)
         if whole:
             return run(x, state, lengths, initial_state is None)
         return in_segments(run, x, state, lengths, steps, return_sequence=return_sequences)
@@ -385,11 +388,6 @@ class LMU(nn.Module):
             hidden = tuple(last_valid(tensor, lengths) for tensor in hidden)
         hidden = tuple(where_started(new, old, lengths) for new, old in zip(hidden, state.hidden, strict=True))
         return output, LMUState(final_memory, hidden)
-
-    @torch.compiler.disable(reason="a loop over time has kernels of its own; algorithm='naive' lets it be unrolled")
-    def _run_past_the_compiler(self, *args: Any) -> tuple[Tensor, Any]:
-        """Under ``torch.compile``, which would make a graph of every step and be several times as slow."""
-        return self._run_at_once(*args)
 
     def explain(self, batch: int, steps: int, *, return_sequences: bool | None = None, training: bool | None = None) -> Plan:
         """How a call with inputs of this size is computed, and why.

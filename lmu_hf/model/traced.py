@@ -14,7 +14,6 @@ Axes as in :mod:`memory`: (S, R, T) inputs, with C steps per chunk and K chunks.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .legendre import DelaySystem
 from .precision import exact_matmul
@@ -29,11 +28,11 @@ _DIGITS = 40
 def traced_states(inputs: Tensor, memory: Tensor | None, system: DelaySystem) -> Tensor:
     """The states after each step: inputs (S, R, T), memory before them (S, R, N) or None -> (S, R, T, N)."""
     steps, order = inputs.shape[2], system.order
-    size = next((size for size in (1, 2, 4, 8, 16) if statically_known_true(steps <= size)), _CHUNK)
+    size = next((size for size in (1, 2, 4, 8, 16) if _known(steps <= size)), _CHUNK)
     operator = system.chunk_operator(size, inputs.dtype, inputs.device)
     if memory is None:
         memory = inputs.new_zeros(*inputs.shape[:2], order)
-    if statically_known_true(steps <= size):
+    if _known(steps <= size):
         row = exact_matmul(F.pad(inputs, (0, size - steps)), operator[:, order:])
         return (row + exact_matmul(memory, operator[:, :order])).unflatten(2, (size, order))[:, :, :steps]
     rows = inputs.shape[1]
@@ -55,9 +54,9 @@ def traced_final(inputs: Tensor, system: DelaySystem) -> Tensor:
     """The last state of a memory that began empty: inputs (S, R, T) -> (S, R, N)."""
     steps, dtype, device = inputs.shape[2], inputs.dtype, inputs.device
     newest_first = inputs.flip(2)
-    size = next((1 << digits for digits in range(10) if statically_known_true(steps <= 1 << digits)), _LAST_CHUNK)
+    size = next((1 << digits for digits in range(10) if _known(steps <= 1 << digits)), _LAST_CHUNK)
     response = system.impulse_response(size, dtype, device)
-    if statically_known_true(steps <= size):
+    if _known(steps <= size):
         return exact_matmul(F.pad(newest_first, (0, size - steps)), response)
     rows = newest_first.shape[1]
     chunks, count = _cut(newest_first, size)
@@ -75,7 +74,15 @@ def digits_that_matter(steps: int, system: DelaySystem) -> int:
     Where ``steps`` is not known in a graph, and any higher digit is set, nothing is left of it.
     """
     settled = _settled(system)
-    return next(d for d in range(_DIGITS + 1) if statically_known_true(steps < 1 << d) or d == _DIGITS or 1 << d >= settled)
+    return next(d for d in range(_DIGITS + 1) if _known(steps < 1 << d) or d == _DIGITS or 1 << d >= settled)
+
+
+def _known(condition: bool) -> bool:
+    """Whether a condition on sizes holds for every length that a graph is for."""
+    # Imported where a graph is traced: it takes a third of a second, which is half of what the layer's own import takes.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def _cut(inputs: Tensor, size: int) -> tuple[Tensor, int]:
@@ -84,7 +91,7 @@ def _cut(inputs: Tensor, size: int) -> tuple[Tensor, int]:
     Taken by index: where a length is open, a tracer asks of a view whether it fits, and holds the graph to the example's answer.
     """
     count = (inputs.shape[2] + size - 1) // size
-    if not (statically_known_true(count <= 2) or statically_known_true(count > 2)):
+    if not (_known(count <= 2) or _known(count > 2)):
         count = count + 2  # it also asks of every axis whether it has but one entry; now none ever has
     index = torch.arange(count, device=inputs.device)[:, None] * size + torch.arange(size, device=inputs.device)
     return F.pad(inputs, (0, 3 * size))[:, :, index].flatten(1, 2), count
@@ -93,7 +100,7 @@ def _cut(inputs: Tensor, size: int) -> tuple[Tensor, int]:
 def _doublings(steps: int, size: int, system: DelaySystem) -> int:
     """How often sums over neighbouring chunks have to be doubled until they reach over ``steps``."""
     settled = _settled(system)
-    return next(d for d in range(_DIGITS) if statically_known_true(steps <= size << d) or size << d >= settled)
+    return next(d for d in range(_DIGITS) if _known(steps <= size << d) or size << d >= settled)
 
 
 def _settled(system: DelaySystem) -> float:

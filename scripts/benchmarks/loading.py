@@ -4,7 +4,14 @@ import statistics
 import subprocess
 import sys
 
-IMPORTS = ("import transformers", "from transformers import PreTrainedModel", "import lmu_hf", "from lmu_hf import LMU")
+IMPORTS = (
+    "import transformers",
+    "import torch",
+    "from transformers import PreTrainedModel",
+    "import lmu_hf",
+    "from lmu_hf import LMU",
+    "from lmu_hf import LMUModel",
+)
 BUILD = """
 import time, torch
 from lmu_hf import LMU
