@@ -24,8 +24,8 @@ class Recurrence(NamedTuple):
 class _LookAhead(NamedTuple):
     """Nanoseconds of a look-ahead recurrence: per call, and per chunk; per multiply-add of the steps and of the fold, of the
     memory's advance, and of the short kernel; per sum and hidden state, per u that the short kernel reads, and per number of a
-    chunk's memory; per number of the power that a chunk reads, and of a fold that leaves the cache of a core; and per
-    multiply-add that makes the operators."""
+    chunk's memory; per number of the steps' matrix that is read anew in each, of the power that a chunk reads, and of a fold that
+    leaves the cache of a core; and per multiply-add that makes the operators."""
 
     call: float
     chunk: float
@@ -35,6 +35,7 @@ class _LookAhead(NamedTuple):
     number: float
     past: float
     memory: float
+    matrix: float
     reading: float
     far: float
     building: float
@@ -99,8 +100,8 @@ class _Merged(NamedTuple):
 
 # Without and with a backward pass.
 _LOOK_AHEAD = (
-    _LookAhead(1.69e6, 1.45e3, 0.0182, 0.00415, 0.00596, 0.612, 0.229, 3.58, 0.168, 0.0375, 10.2),
-    _LookAhead(3.67e6, 12.6e3, 0.0549, 0.00912, 0.0256, 1.47, 0.486, 6.99, 0.424, 0.378, 23.2),
+    _LookAhead(1.69e6, 1.45e3, 0.0182, 0.00415, 0.00596, 0.612, 0.229, 3.58, 0.07, 0.168, 0.0375, 10.2),
+    _LookAhead(3.67e6, 12.6e3, 0.0549, 0.00912, 0.0256, 1.47, 0.486, 6.99, 0.1, 0.424, 0.378, 23.2),
 )
 _FOLDED = (
     _InChunks(1.3e6, 100e3, 469, 0.0218, 1.15, 0.0651, 4.13),
@@ -119,8 +120,8 @@ _RELAXED = (
     _Relaxed(3.3e6, 0.193, 1.13, 1.55, 1.83, 0.0433, 0.03, 2.86, 0.655),
 )
 _MERGED = (
-    _Merged(732e3, 230, 0.021, 0.376, 7.68, 0.0742),
-    _Merged(1.48e6, 609, 0.0427, 1.35, 22.2, 0.109),
+    _Merged(732e3, 230, 0.021, 0.376, 5.2, 0.0742),
+    _Merged(1.48e6, 609, 0.0427, 1.35, 16.0, 0.109),
 )
 # What a merged run without feedback takes, in shares of one with it.
 _MERGED_ALONE = 0.9
@@ -134,6 +135,8 @@ _PYTHON_STEP = (22e3, 50e3)
 
 # Numbers of a matrix that stay in the cache next to the processor; what more there is, is read anew in each step.
 _NEAR = 1e5
+# Numbers of a matrix, and units, that each of the threads that share a step has at least; as in team.h.
+_SHARE, _UNITS = 1 << 13, 16
 # Sums of a row, of which each thread keeps those of some rows: with more, chunks take less memory, and little more time.
 _LONGEST = 1 << 21
 # Numbers of the gradients of spectra for which there is room, 128 MiB in float32.
@@ -149,6 +152,7 @@ def lookahead_costs(sizes: Recurrence, *, training: bool) -> dict[int, float]:
     """
     batch, steps, dims, order, hidden, gates = sizes
     own, rows, width = _LOOK_AHEAD[training], batch * steps, dims + gates
+    matrix = own.matrix * steps * max((hidden + dims) * width - _NEAR, 0)
     costs = {}
     for size in (size for size in CHUNKS[:7] if size <= max(steps, 1)):
         products = own.product * (hidden + dims * order) * width + own.advance * dims * order * order / size
@@ -156,7 +160,7 @@ def lookahead_costs(sizes: Recurrence, *, training: bool) -> dict[int, float]:
         kernel = own.kernel * size * dims * width
         fold = size * dims * order * width
         chunks = -(-steps // size) * (own.chunk + own.reading * order * order + own.far * max(fold - _CACHED, 0))
-        costs[size] = own.call + rows * (products + numbers + kernel) + chunks + own.building * fold
+        costs[size] = own.call + rows * (products + numbers + kernel) + matrix + chunks + own.building * fold
     return costs
 
 
@@ -226,8 +230,15 @@ def merged_cost(sizes: Recurrence, *, training: bool, feedback: bool) -> float:
     own, linear, rows = _MERGED[training], dims * order, batch * steps
     matrix = (linear + hidden) * (linear + gates)
     numbers = own.number * (linear + hidden + gates)
-    once = own.call + own.step * steps + own.building * matrix + own.reading * steps * max(matrix - _NEAR, 0)
+    reading = own.reading * steps * max(matrix / _sharing(sizes, matrix) - _NEAR, 0)
+    once = own.call + own.step * steps + own.building * matrix + reading
     return (once + rows * (own.product * matrix + numbers)) * (1 if feedback else _MERGED_ALONE)
+
+
+def _sharing(sizes: Recurrence, numbers: int) -> int:
+    """How many threads share the steps of few rows by a matrix of so many numbers; each then reads its part of it."""
+    threads = min(torch.get_num_threads(), -(-sizes.hidden_size // _UNITS), numbers // _SHARE)
+    return threads if threads >= sizes.batch else 1
 
 
 def lookahead_chunk(sizes: Recurrence, *, training: bool, measured: bool) -> int:

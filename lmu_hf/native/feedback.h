@@ -5,7 +5,7 @@
 
 #include <memory_resource>
 
-#include "loop.h"
+#include "steps.h"
 
 namespace {
 

@@ -2,7 +2,7 @@
 // time_loop.py. Their starts are known, so that each thread takes its rows through all of them.
 #pragma once
 
-#include "loop.h"
+#include "steps.h"
 
 namespace {
 

@@ -19,6 +19,8 @@ bool outdoes_blas() {
 
 // Of b that are laid out at a time, and rows of the result that take them: all together they stay in the cache of a core.
 constexpr int64_t DEPTH = 256, SPAN = 128, HEIGHT = 256;
+// Multiply-adds of a product that one thread has done before others have begun.
+constexpr int64_t SMALL = 1 << 18;
 
 // total (M, N) = a (M, K) @ b (K, N), added to what is there if it is `kept`. The rows of the total are contiguous.
 void add_product(const at::Tensor& total, const at::Tensor& left, const at::Tensor& right, bool kept) {
@@ -34,10 +36,12 @@ void add_product(const at::Tensor& total, const at::Tensor& left, const at::Tens
     const Matrix<T> a(given), b(right), c(total);
     // A part of the total for each task, as high as is left to share.
     const int64_t threads = at::get_num_threads(), spans = (width + SPAN - 1) / SPAN;
-    const int64_t wanted = spans % threads == 0 || spans > 4 * threads ? 1 : threads;
+    const bool alone = height * width * inner < SMALL;
+    const int64_t wanted = alone || spans % threads == 0 || spans > 4 * threads ? 1 : threads;
     const int64_t parts = std::max<int64_t>(1, std::min(wanted, height / 8));
-    at::parallel_for(0, spans * parts, 1, [&](int64_t begin, int64_t end) {
-      Buffer<T> panels(SPAN * DEPTH), rest(HEIGHT * PANEL);
+    at::parallel_for(0, spans * parts, alone ? spans : 1, [&](int64_t begin, int64_t end) {
+      Buffer<T> panels(std::min(SPAN, (width + PANEL - 1) / PANEL * PANEL) * std::min(DEPTH, inner));
+      Buffer<T> rest(std::min(HEIGHT, height) * PANEL);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t column = task / parts * SPAN, columns = std::min(SPAN, width - column);
         const int64_t whole = columns / PANEL * PANEL, last = height * (task % parts + 1) / parts;
@@ -65,5 +69,11 @@ void add_product(const at::Tensor& total, const at::Tensor& left, const at::Tens
       }
     });
   });
+}
+
+// The same where the columns of the total may be what is contiguous.
+void add_product_either_way(const at::Tensor& total, const at::Tensor& left, const at::Tensor& right, bool kept) {
+  if (total.stride(1) == 1) return add_product(total, left, right, kept);
+  add_product(total.t(), right.t(), left.t(), kept);
 }
 }  // namespace

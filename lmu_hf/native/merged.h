@@ -1,14 +1,14 @@
 // The matrix of a small LMU as one recurrence, as in merged.py: [m, h, what comes in, 1] -> [m', gates].
 #pragma once
 
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <optional>
 #include <vector>
 
-#include "products.h"
-#include "tensors.h"
+#include "matrices.h"
 
 namespace {
 
@@ -45,10 +45,12 @@ at::Tensor merged_operator(
   const Layout layout(numbers);
   TORCH_CHECK(A.is_contiguous(), "expected a contiguous A");
   const int64_t dims = kernel.size(1), order = B.size(1), linear = layout.linear, gates = weight.size(1);
-  const auto result = at::zeros({layout.rows, linear + gates}, weight.options());
+  const auto result = at::empty({layout.rows, linear + gates}, weight.options());
+  const auto ahead = result.narrow(1, 0, linear), to_gates = result.narrow(1, linear, gates);
   with_type(weight, [&](auto scalar) {
     using T = decltype(scalar);
-    const Matrix<T> to(result), drives(B);
+    const Matrix<T> to(result), of_gates(to_gates), drives(B);
+    for (int64_t r = 0; r < layout.rows; ++r) std::fill_n(&to.at(r, 0), linear + gates, T(0));
     layout.of_u(kernel, recurrent, u_bias, [&](int64_t row, const at::Tensor& part, int64_t first, int64_t count) {
       const Matrix<T> from(part);
       for (int64_t r = 0; r < count; ++r)
@@ -61,17 +63,11 @@ at::Tensor merged_operator(
       for (int64_t i = 0; i < order; ++i)
         for (int64_t j = 0; j < order; ++j) to.at(d * order + i, d * order + j) += ahead[j * order + i];
     }
-    const OwnPanels<T> read(weight.narrow(0, 0, linear));
-    const int64_t stride = padded(gates);
-    Buffer<T> sums(layout.rows * stride);
     layout.of_gates(weight, hidden, bias, [&](int64_t row, const at::Tensor& part, int64_t first, int64_t count) {
-      const Matrix<T> from(part);
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t c = 0; c < gates; ++c) sums[(row + r) * stride + c] = from.at(first + r, c);
+      copy(Matrix<T>(part).from_row(first), of_gates.from_row(row), count, gates);
     });
-    product<T>(layout.rows, gates, linear, to.data, to.row, read.panels(), sums.data(), stride);
-    for (int64_t r = 0; r < layout.rows; ++r) std::copy_n(&sums[r * stride], gates, &to.at(r, linear));
   });
+  add_product(to_gates, ahead, weight.narrow(0, 0, linear), true);
   return result;
 }
 
@@ -81,35 +77,27 @@ std::vector<Part> merged_operator_backward(
     const Part& recurrent, const Part& u_bias, const at::Tensor& weight, const Part& hidden, const Part& bias) {
   const Layout layout(numbers);
   TORCH_CHECK(grad.is_contiguous() && matrix.is_contiguous(), "expected contiguous matrices");
-  const int64_t dims = kernel.size(1), order = B.size(1), linear = layout.linear, gates = weight.size(1), rows = layout.rows;
-  const auto like = [](const Part& part) { return part ? Part(at::zeros_like(*part)) : Part(); };
-  std::vector<Part> grads{like(kernel), like(recurrent), like(u_bias), like(weight), like(hidden), like(bias)};
+  const int64_t dims = kernel.size(1), order = B.size(1), linear = layout.linear, gates = weight.size(1);
+  const auto zeros = [](const Part& part) { return part ? Part(at::zeros_like(*part)) : Part(); };
+  const auto room = [](const Part& part) { return part ? Part(at::empty_like(*part)) : Part(); };
+  std::vector<Part> grads{zeros(kernel), zeros(recurrent), zeros(u_bias), room(weight), room(hidden), room(bias)};
+  const auto to_gates = grad.narrow(1, linear, gates), of_memory = weight.narrow(0, 0, linear);
+  // What arrives at m', also through the gates.
+  const auto arrived = grad.narrow(1, 0, linear).clone(at::MemoryFormat::Contiguous);
+  add_product(arrived, to_gates, of_memory.t(), true);
+  add_product_either_way(grads[3]->narrow(0, 0, linear), matrix.narrow(1, 0, linear).t(), to_gates, false);
   with_type(weight, [&](auto scalar) {
     using T = decltype(scalar);
-    const Matrix<T> from(grad), drives(B), of_weight(*grads[3]);
-    // What arrives at m', also through the gates.
-    const int64_t stride = padded(linear), width = padded(gates);
-    Buffer<T> arrived(rows * stride), read(linear * width);
-    for (int64_t r = 0; r < rows; ++r) std::copy_n(&from.at(r, 0), linear, &arrived[r * stride]);
-    const auto to_gates = grad.narrow(1, linear, gates);
-    product<T>(
-        rows, linear, gates, &from.at(0, linear), from.row, OwnPanels<T>(weight.narrow(0, 0, linear).t()).panels(),
-        arrived.data(), stride);
-    product<T, true>(
-        linear, gates, rows, matrix.data_ptr<T>(), matrix.stride(0), OwnPanels<T>(to_gates).panels(), read.data(), width);
-    for (int64_t r = 0; r < linear; ++r)
-      for (int64_t c = 0; c < gates; ++c) of_weight.at(r, c) = read[r * width + c];
+    const Matrix<T> from(to_gates), reached(arrived), drives(B);
     layout.of_u(*grads[0], grads[1], grads[2], [&](int64_t row, const at::Tensor& part, int64_t first, int64_t count) {
       const Matrix<T> to(part);
       for (int64_t r = 0; r < count; ++r)
         for (int64_t d = 0; d < dims; ++d)
           for (int64_t n = 0; n < order; ++n)
-            to.at(first + r, d) += arrived[(row + r) * stride + d * order + n] * drives.at(B.size(0) > 1 ? d : 0, n);
+            to.at(first + r, d) += reached.at(row + r, d * order + n) * drives.at(B.size(0) > 1 ? d : 0, n);
     });
     layout.of_gates(*grads[3], grads[4], grads[5], [&](int64_t row, const at::Tensor& part, int64_t first, int64_t count) {
-      const Matrix<T> to(part);
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t c = 0; c < gates; ++c) to.at(first + r, c) = from.at(row + r, linear + c);
+      copy(from.from_row(row), Matrix<T>(part).from_row(first), count, gates);
     });
   });
   return grads;

@@ -2,7 +2,7 @@
 // of their gradients, and products with these, would not stay in the cache; with few units they take longer than the steps.
 #pragma once
 
-#include "loop.h"
+#include "steps.h"
 
 namespace {
 
@@ -14,13 +14,17 @@ void recurrent_forward(
     const int64_t size = states[0].size(1), width = matrix.size(1), end = size + given.size(2);
     const bool reads = matrix.size(0) > size;
     TORCH_CHECK(reads || !alone, "expected inputs behind a memory");
-    const OwnPanels<T> laid(matrix);
     std::vector<T> bias(width);
     const Matrix<T> rows(matrix);
     for (int64_t c = 0; end < matrix.size(0) && c < width; ++c) bias[c] = rows.at(end, c);
-    const Inputs<T> inputs{
-        Sequence<T>(given), laid.panels().from_row(size), bias.data(), alone ? Sequence<T>(*alone) : Sequence<T>::none(0)};
+    const auto repeated = alone ? Sequence<T>(*alone) : Sequence<T>::none(0);
     const auto sums = reads ? Sequence<T>::none(width) : Sequence<T>(given), no_u = Sequence<T>::none(0);
+    if (const int64_t threads = loop.sharing(given.size(1), width, reads); threads > 1) {
+      const SharedInputs<T> inputs{Sequence<T>(given), Elements<T>(rows.from_row(size)), bias.data(), repeated};
+      return loop.forward_shared(threads, 0, given.size(1), sums, Elements<T>(rows), reads ? &inputs : nullptr);
+    }
+    const OwnPanels<T> laid(matrix);
+    const Inputs<T> inputs{Sequence<T>(given), laid.panels().from_row(size), bias.data(), repeated};
     over_rows(given.size(0), [&](int64_t begin, int64_t end) {
       loop.forward_rows(begin, end, 0, given.size(1), sums, laid.panels(), no_u, nullptr, reads ? &inputs : nullptr);
     });
@@ -35,13 +39,21 @@ void recurrent_backward(
   with_loop(kind, linear, 1, states, kept, {}, std::nullopt, "linear", [&](const auto& loop) {
     using T = typename std::decay_t<decltype(loop)>::Type;
     const int64_t size = states[0].size(1), width = matrix.size(1);
-    const OwnPanels<T> to_hidden(matrix.narrow(0, 0, size).t());
     const bool reads = matrix.size(0) > size;
-    const OwnPanels<T> to_given(matrix.narrow(0, size, reads && grad_given ? given.size(2) : 0).t());
-    const Adjoint<T> adjoint(to_hidden.panels(), to_hidden.panels(), grads, carry, carried);
     const auto x = reads ? Sequence<T>(given) : Sequence<T>::none(0), no_u = Sequence<T>::none(0);
     // Where the inputs are the sums, the gradient of the sums is theirs.
     const auto sums = !reads && grad_given ? Sequence<T>(*grad_given) : Sequence<T>::none(width);
+    const Matrix<T> back(matrix.t()), to_x{&back.at(0, size), back.row, back.column};
+    if (const int64_t threads = loop.sharing(given.size(1), width, reads); threads > 1) {
+      const SharedAdjoint<T> adjoint{Elements<T>(back), sequences<T>(grads), carry.data_ptr<T>(), carried.data_ptr<T>()};
+      SharedReading<T> reading{x, Elements<T>(to_x), Sequence<T>::none(0), std::nullopt, matrix.size(0)};
+      if (reads && grad_given) reading.grad_x = Sequence<T>(*grad_given);
+      if (grad_matrix) reading.grad_matrix.emplace(*grad_matrix);
+      return loop.backward_shared(threads, 0, given.size(1), adjoint, sums, &reading);
+    }
+    const OwnPanels<T> to_hidden(matrix.narrow(0, 0, size).t());
+    const OwnPanels<T> to_given(matrix.narrow(0, size, reads && grad_given ? given.size(2) : 0).t());
+    const Adjoint<T> adjoint(to_hidden.panels(), to_hidden.panels(), grads, carry, carried);
     PartialSums<T> parts;
     over_rows(given.size(0), [&](int64_t begin, int64_t end) {
       std::optional<WeightGradient<T>> weights;

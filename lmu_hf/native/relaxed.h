@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "convolution.h"
-#include "loop.h"
+#include "steps.h"
 
 namespace {
 

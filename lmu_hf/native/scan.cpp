@@ -10,12 +10,12 @@
 #include "convolution.h"
 #include "feedback.h"
 #include "folded.h"
-#include "loop.h"
 #include "matrices.h"
 #include "memory.h"
 #include "merged.h"
 #include "recurrent.h"
 #include "relaxed.h"
+#include "steps.h"
 #include "stream_function.h"
 
 TORCH_LIBRARY(lmu_hf, library) {

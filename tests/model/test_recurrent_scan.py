@@ -8,6 +8,7 @@ import torch
 import lmu_hf.native
 from lmu_hf.model import recurrent_scan as module
 from lmu_hf.model.gates import GATES, Pointwise
+from lmu_hf.model.layer_costs import Recurrence, _sharing
 from lmu_hf.model.recurrent_scan import recurrent_scan
 
 F32, F64 = torch.float32, torch.float64
@@ -135,6 +136,57 @@ def test_layouts_of_the_matrix(transposed, way):
     given, matrix, *states = build("tanh", 6, 5, 4, 3, 23)
     matrix = matrix.mT.contiguous().mT if transposed else torch.cat([matrix, matrix], dim=1)[:, : matrix.shape[1]]
     assert_equal("tanh", 6, [given, matrix, *states])
+
+
+@pytest.fixture(params=[2, 3, 5])
+def threads(request, compiled_loop):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+# Few rows, and matrices and cells large enough for two threads and more.
+SHARED = [(64, 100, 3, 1, 20), (5, 70, 40, 2, 17), (0, 67, 0, 1, 33), (0, 129, 5, 3, 16), (300, 17, 1, 2, 18)]
+
+
+def shares(kind, sizes):
+    linear, size, _, batch, steps = sizes
+    gates = {"lstm": 4, "gru": 4}.get(kind, 1) * size
+    run = Recurrence(batch, steps, 1, linear, size, gates)
+    return _sharing(run, (linear + size) * (linear + gates))
+
+
+def test_some_share_and_some_do_not():
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        assert [shares("tanh", sizes) for sizes in SHARED] == [3, 1, 1, 1, 2]
+        assert [shares("lstm", sizes) for sizes in SHARED] == [5, 2, 2, 5, 2]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("way", ["segments", "reads"])
+@pytest.mark.parametrize("sizes", SHARED)
+@pytest.mark.parametrize("kind", ["tanh", "lstm", "gru"])
+def test_threads_share_the_steps_of_few_rows(kind, sizes, way, threads, monkeypatch):
+    if way == "segments":
+        monkeypatch.setattr(module, "MOST_NUMBERS", 0)
+    linear, size, inputs, batch, steps = sizes
+    for constant in (False, True)[: 1 + (inputs > 0)]:
+        tensors = build(kind, linear, size, inputs, batch, steps, constant=constant)
+        assert_equal(kind, linear, tensors, constant=constant)
+    alone = recurrent_scan(Pointwise(kind, linear), *tensors[:2], tuple(tensors[2:]), constant=constant)
+    for one, other in zip(alone, everything(recurrent_scan, kind, linear, tensors, constant=constant), strict=False):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("wanted", [{0}, {1}, {2}, {0, 1}, {1, 2, 3}])
+def test_threads_share_some_gradients_alone(wanted, threads):
+    tensors = build("lstm", *SHARED[1])
+    tensors[1] = tensors[1].mT.contiguous().mT
+    assert_equal("lstm", SHARED[1][0], tensors, wanted=wanted)
 
 
 def test_a_gradient_of_one_result_alone(way):

@@ -1,0 +1,156 @@
+// Threads that share the steps of rows, where there are fewer of these: which columns each has, and how they wait for one another.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <atomic>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "products.h"
+#include "tensors.h"
+
+namespace {
+
+// Numbers of the matrix that a thread has at least: with fewer it waits more than it saves.
+constexpr int64_t SHARE = 1 << 13;
+
+// How many threads share the steps of rows by a matrix of so many numbers, for so many units; 1 where each takes its own rows.
+int64_t threads_that_share(int64_t batch, int64_t units, int64_t numbers) {
+#ifdef _OPENMP
+  if (at::in_parallel_region()) return 1;
+  const int64_t most = std::min<int64_t>(at::get_num_threads(), (units + PANEL - 1) / PANEL);
+  const int64_t threads = std::min(most, numbers / SHARE);
+  return threads >= batch ? threads : 1;
+#else
+  return 1;
+#endif
+}
+
+// One thread of a team.
+class Member {
+ public:
+  const int64_t index, threads;
+  Member(int64_t index, int64_t threads, std::atomic<int64_t>& arrived) : index(index), threads(threads), arrived(arrived) {}
+
+  // Until all have come here as often as this one.
+  void wait() {
+    expected += threads;
+    arrived.fetch_add(1, std::memory_order_acq_rel);
+    for (int64_t spins = 0; arrived.load(std::memory_order_acquire) < expected; ++spins) {
+      if (spins > 1 << 12) std::this_thread::yield();  // one of them has lost its processor
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+ private:
+  std::atomic<int64_t>& arrived;
+  int64_t expected = 0;
+};
+
+// Calls function(member) in each thread of a team.
+template <typename Function>
+void in_team(int64_t threads, const Function& function) {
+  std::atomic<int64_t> arrived{0};
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+  {
+    Member member(omp_get_thread_num(), omp_get_num_threads(), arrived);
+    function(member);
+  }
+#else
+  Member member(0, 1, arrived);
+  function(member);
+#endif
+}
+
+// A matrix as it lies, or in panels.
+template <typename T>
+struct Elements {
+  const T* data;
+  int64_t row, group, far, near;  // strides: of rows, and from one group of so many columns to the next, and inside of it
+
+  explicit Elements(const Matrix<T>& matrix) : Elements{matrix.data, matrix.row, 1, matrix.column, 0} {}
+  explicit Elements(const Panels<T>& panels) : Elements{panels.data, PANEL, PANEL, panels.stride, 1} {}
+  Elements(const T* data, int64_t row, int64_t group, int64_t far, int64_t near)
+      : data(data), row(row), group(group), far(far), near(near) {}
+  const T* column(int64_t c) const { return data + c / group * far + c % group * near; }
+};
+
+// Columns that follow one another, and where the first of them goes.
+struct Run {
+  int64_t from, to, count;
+};
+
+// The columns that a thread has, of something that consists of `linear` numbers of memory and, `gates` times, of one per unit.
+struct Share {
+  std::vector<Run> runs;
+  int64_t at, memory, first, units, columns = 0;  // the first number of memory, and how many; the first unit; all columns
+
+  Share(const Member& member, int64_t linear, int64_t all, int64_t gates) {
+    int64_t end, last;
+    std::tie(at, end) = part(linear, member.threads - 1 - member.index, member.threads);  // who has more units has less memory
+    std::tie(first, last) = part(all, member.index, member.threads);
+    memory = end - at, units = last - first;
+    add(at, memory);
+    for (int64_t gate = 0; gate < gates; ++gate) add(linear + gate * all + first, units);
+  }
+
+  // Whole panels as far as there are.
+  static std::pair<int64_t, int64_t> part(int64_t count, int64_t index, int64_t parts) {
+    const int64_t panels = (count + PANEL - 1) / PANEL;
+    const auto edge = [&](int64_t i) { return std::min(count, panels * i / parts * PANEL); };
+    return {edge(index), edge(index + 1)};
+  }
+
+  // From a row of everything to one of these columns alone, and back.
+  template <typename T>
+  void take(const T* all, T* own) const {
+    for (const Run& run : runs) std::copy_n(all + run.from, run.count, own + run.to);
+  }
+  template <typename T>
+  void put(const T* own, T* all) const {
+    for (const Run& run : runs) std::copy_n(own + run.to, run.count, all + run.from);
+  }
+
+  // Asks for these columns of a row.
+  template <typename T>
+  void fetch(const T* all) const {
+    for (const Run& run : runs) ::fetch(all + run.from, run.count);
+  }
+
+  // These columns of a matrix with `inner` rows, in panels.
+  template <typename T>
+  Buffer<T> take(const Elements<T>& from, int64_t inner) const {
+    Buffer<T> laid((columns + PANEL - 1) / PANEL * PANEL * inner);
+    for (const Run& run : runs)
+      for (int64_t c = 0; c < run.count;) {
+        const int64_t to = run.to + c, count = std::min(run.count - c, PANEL - to % PANEL);
+        const T* column[PANEL];
+        for (int64_t i = 0; i < count; ++i) column[i] = from.column(run.from + c + i);
+        const bool adjoin = column[count - 1] - column[0] == count - 1;
+        T* at = &laid[to / PANEL * inner * PANEL + to % PANEL];
+        for (int64_t k = 0; k < inner; ++k, at += PANEL)
+          if (adjoin)
+            std::copy_n(column[0] + k * from.row, count, at);
+          else
+            for (int64_t i = 0; i < count; ++i) at[i] = column[i][k * from.row];
+        c += count;
+      }
+    return laid;
+  }
+
+ private:
+  void add(int64_t from, int64_t count) {
+    if (count) runs.push_back({from, columns, count});
+    columns += count;
+  }
+};
+}  // namespace
