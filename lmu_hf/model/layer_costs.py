@@ -1,6 +1,7 @@
 """What the ways to run a layer with a hidden cell in affine gates cost: models by which ``auto`` chooses, as in :mod:`costs`."""
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -280,6 +281,23 @@ def recurrence_algorithm(
         relaxes: whether "relaxed" may be.
         at_rest: the memory begins empty, which "convolved" and "relaxed" ask for.
     """
+    feedback = (hidden_to_memory, memory_to_memory)
+    return _cheapest(sizes, torch.get_num_threads(), feedback, training, compiled, measured, merges, relaxes, at_rest)
+
+
+@lru_cache(maxsize=1 << 12)  # layers meet the same sizes again and again
+def _cheapest(
+    sizes: Recurrence,
+    threads: int,  # which the costs ask for themselves
+    feedback: tuple[bool, bool],
+    training: bool,
+    compiled: bool,
+    measured: bool,
+    merges: bool,
+    relaxes: bool,
+    at_rest: bool,
+) -> tuple[str, int]:
+    hidden_to_memory, memory_to_memory = feedback
     costs: dict[tuple[str, int], float]
     if hidden_to_memory:
         if not measured:
