@@ -157,13 +157,12 @@ class _MergedOperator(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layout: _Layout, A: Tensor, B: Tensor, *parts: Tensor | None) -> Tensor:
-        matrix = torch.ops.lmu_hf.merged_operator(layout, A, B, *parts)
         ctx.layout = layout
-        ctx.save_for_backward(B, matrix, *parts)
-        return matrix
+        ctx.save_for_backward(A, B, *parts)
+        return torch.ops.lmu_hf.merged_operator(layout, A, B, *parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        B, matrix, *parts = ctx.saved_tensors
-        grads = torch.ops.lmu_hf.merged_operator_backward(ctx.layout, grad.contiguous(), B, matrix, *parts)
+        A, B, *parts = ctx.saved_tensors
+        grads = torch.ops.lmu_hf.merged_operator_backward(ctx.layout, grad.contiguous(), A, B, *parts)
         return None, None, None, *grads

@@ -3,7 +3,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros_like.h>
+#include <ATen/ops/zeros.h>
 
 #include <optional>
 #include <vector>
@@ -21,21 +21,48 @@ struct Layout {
   explicit Layout(at::IntArrayRef numbers)
       : linear(numbers[0]), entering(numbers[1]), at_entering(numbers[2]), at_input(numbers[3]), rows(numbers[4]) {}
 
-  // Calls function(row, part, first, count) for every part that goes to u: rows `first` on of the part, from row `row` on of the
-  // matrix.
+  // Calls function(part, first, row, count) for every part that goes to u: rows `first` on of the part are rows `row` on of all.
   template <typename Function>
   void of_u(const at::Tensor& kernel, const Part& recurrent, const Part& bias, const Function& function) const {
-    function(at_entering, kernel, 0, entering);
-    function(linear, kernel, entering, kernel.size(0) - entering);
-    if (recurrent) function(0, *recurrent, 0, recurrent->size(0));
-    if (bias) function(rows - 1, *bias, 0, 1);
+    function(kernel, 0, at_entering, entering);
+    function(kernel, entering, linear, kernel.size(0) - entering);
+    if (recurrent) function(*recurrent, 0, 0, recurrent->size(0));
+    if (bias) function(*bias, 0, rows - 1, 1);
   }
   // The same for the gates, but for what comes of m'.
   template <typename Function>
   void of_gates(const at::Tensor& weight, const Part& hidden, const Part& bias, const Function& function) const {
-    function(at_input, weight, linear, weight.size(0) - linear);
-    if (hidden) function(linear, *hidden, 0, hidden->size(0));
-    if (bias) function(rows - 1, *bias, 0, 1);
+    function(weight, linear, at_input, weight.size(0) - linear);
+    if (hidden) function(*hidden, 0, linear, hidden->size(0));
+    if (bias) function(*bias, 0, rows - 1, 1);
+  }
+};
+
+// The matrix takes u = of_u^T [m, h, what comes in, 1] to m' = A m + B u, and m' on to the gates. So all that its gates need of m' is
+// what they make of A and of B: few rows, where a product with m' itself would have all of them.
+struct Passing {
+  at::Tensor of_u, ahead;  // (rows, D); and [A^T; B] (D * N + D, D * N), of all dimensions side by side
+
+  Passing(
+      const Layout& layout, const at::Tensor& A, const at::Tensor& B, const at::Tensor& kernel, const Part& recurrent,
+      const Part& u_bias)
+      : of_u(at::zeros({layout.rows, kernel.size(1)}, kernel.options())),
+        ahead(at::zeros({layout.linear + kernel.size(1), layout.linear}, kernel.options())) {
+    TORCH_CHECK(A.is_contiguous(), "expected a contiguous A");
+    const int64_t dims = kernel.size(1), order = B.size(1), linear = layout.linear;
+    with_type(kernel, [&](auto scalar) {
+      using T = decltype(scalar);
+      const Matrix<T> passes(ahead), drives(B);
+      layout.of_u(kernel, recurrent, u_bias, [&](const at::Tensor& part, int64_t first, int64_t row, int64_t count) {
+        copy_rows<T>(part, first, of_u, row, count);
+      });
+      for (int64_t d = 0; d < dims; ++d) {
+        const T* numbers = A.data_ptr<T>() + (A.size(0) > 1 ? d : 0) * order * order;
+        for (int64_t i = 0; i < order; ++i)
+          for (int64_t j = 0; j < order; ++j) passes.at(d * order + i, d * order + j) = numbers[j * order + i];
+        for (int64_t n = 0; n < order; ++n) passes.at(linear + d, d * order + n) = drives.at(B.size(0) > 1 ? d : 0, n);
+      }
+    });
   }
 };
 
@@ -43,61 +70,67 @@ at::Tensor merged_operator(
     at::IntArrayRef numbers, const at::Tensor& A, const at::Tensor& B, const at::Tensor& kernel, const Part& recurrent,
     const Part& u_bias, const at::Tensor& weight, const Part& hidden, const Part& bias) {
   const Layout layout(numbers);
-  TORCH_CHECK(A.is_contiguous(), "expected a contiguous A");
+  const Passing passing(layout, A, B, kernel, recurrent, u_bias);
   const int64_t dims = kernel.size(1), order = B.size(1), linear = layout.linear, gates = weight.size(1);
-  const auto result = at::empty({layout.rows, linear + gates}, weight.options());
-  const auto ahead = result.narrow(1, 0, linear), to_gates = result.narrow(1, linear, gates);
+  const auto result = at::zeros({layout.rows, linear + gates}, weight.options());
+  const auto to_gates = result.narrow(1, linear, gates), read = at::empty({linear + dims, gates}, weight.options());
+  add_product(read, passing.ahead, weight.narrow(0, 0, linear), false);
   with_type(weight, [&](auto scalar) {
     using T = decltype(scalar);
-    const Matrix<T> to(result), of_gates(to_gates), drives(B);
-    for (int64_t r = 0; r < layout.rows; ++r) std::fill_n(&to.at(r, 0), linear + gates, T(0));
-    layout.of_u(kernel, recurrent, u_bias, [&](int64_t row, const at::Tensor& part, int64_t first, int64_t count) {
-      const Matrix<T> from(part);
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t d = 0; d < dims; ++d)
-          for (int64_t n = 0; n < order; ++n)
-            to.at(row + r, d * order + n) = from.at(first + r, d) * drives.at(B.size(0) > 1 ? d : 0, n);
-    });
-    for (int64_t d = 0; d < dims; ++d) {
-      const T* ahead = A.data_ptr<T>() + (A.size(0) > 1 ? d : 0) * order * order;
-      for (int64_t i = 0; i < order; ++i)
-        for (int64_t j = 0; j < order; ++j) to.at(d * order + i, d * order + j) += ahead[j * order + i];
+    const Matrix<T> of_u(passing.of_u), ahead(passing.ahead);
+    for (int64_t r = 0; r < layout.rows; ++r) {
+      T* __restrict to = result.data_ptr<T>() + r * (linear + gates);
+      if (r < linear) std::copy_n(&ahead.at(r, 0), linear, to);
+      for (int64_t d = 0; d < dims; ++d) {
+        const T factor = of_u.at(r, d), *__restrict driven = &ahead.at(linear + d, 0);
+        for (int64_t i = d * order; i < (d + 1) * order; ++i) to[i] += factor * driven[i];
+      }
     }
-    layout.of_gates(weight, hidden, bias, [&](int64_t row, const at::Tensor& part, int64_t first, int64_t count) {
-      copy(Matrix<T>(part).from_row(first), of_gates.from_row(row), count, gates);
+    layout.of_gates(weight, hidden, bias, [&](const at::Tensor& part, int64_t first, int64_t row, int64_t count) {
+      copy_rows<T>(part, first, to_gates, row, count);
     });
+    for (int64_t r = 0; r < linear; ++r) {
+      T* __restrict to = result.data_ptr<T>() + r * (linear + gates) + linear;
+      const T* __restrict from = read.data_ptr<T>() + r * gates;
+      for (int64_t c = 0; c < gates; ++c) to[c] += from[c];
+    }
   });
-  add_product(to_gates, ahead, weight.narrow(0, 0, linear), true);
+  add_product(to_gates, passing.of_u, read.narrow(0, linear, dims), true);
   return result;
 }
 
 // Gradients of the parts, in their order, given that of the matrix.
 std::vector<Part> merged_operator_backward(
-    at::IntArrayRef numbers, const at::Tensor& grad, const at::Tensor& B, const at::Tensor& matrix, const at::Tensor& kernel,
+    at::IntArrayRef numbers, const at::Tensor& grad, const at::Tensor& A, const at::Tensor& B, const at::Tensor& kernel,
     const Part& recurrent, const Part& u_bias, const at::Tensor& weight, const Part& hidden, const Part& bias) {
   const Layout layout(numbers);
-  TORCH_CHECK(grad.is_contiguous() && matrix.is_contiguous(), "expected contiguous matrices");
-  const int64_t dims = kernel.size(1), order = B.size(1), linear = layout.linear, gates = weight.size(1);
-  const auto zeros = [](const Part& part) { return part ? Part(at::zeros_like(*part)) : Part(); };
-  const auto room = [](const Part& part) { return part ? Part(at::empty_like(*part)) : Part(); };
-  std::vector<Part> grads{zeros(kernel), zeros(recurrent), zeros(u_bias), room(weight), room(hidden), room(bias)};
+  TORCH_CHECK(grad.is_contiguous(), "expected a contiguous gradient");
+  const Passing passing(layout, A, B, kernel, recurrent, u_bias);
+  const int64_t dims = kernel.size(1), linear = layout.linear, gates = weight.size(1);
+  const auto like = [](const Part& part) { return part ? Part(at::empty_like(*part)) : Part(); };
+  std::vector<Part> grads{like(kernel), like(recurrent), like(u_bias), like(weight), like(hidden), like(bias)};
   const auto to_gates = grad.narrow(1, linear, gates), of_memory = weight.narrow(0, 0, linear);
-  // What arrives at m', also through the gates.
-  const auto arrived = grad.narrow(1, 0, linear).clone(at::MemoryFormat::Contiguous);
-  add_product(arrived, to_gates, of_memory.t(), true);
-  add_product_either_way(grads[3]->narrow(0, 0, linear), matrix.narrow(1, 0, linear).t(), to_gates, false);
+  const auto driven = passing.ahead.narrow(0, linear, dims);
+  // Of what the gates make of A and of B.
+  const auto of_read = at::empty({linear + dims, gates}, grad.options()), of_u = at::zeros({layout.rows, dims}, grad.options());
+  add_product(of_read.narrow(0, linear, dims), passing.of_u.t(), to_gates, false);
   with_type(weight, [&](auto scalar) {
     using T = decltype(scalar);
-    const Matrix<T> from(to_gates), reached(arrived), drives(B);
-    layout.of_u(*grads[0], grads[1], grads[2], [&](int64_t row, const at::Tensor& part, int64_t first, int64_t count) {
-      const Matrix<T> to(part);
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t d = 0; d < dims; ++d)
-          for (int64_t n = 0; n < order; ++n)
-            to.at(first + r, d) += reached.at(row + r, d * order + n) * drives.at(B.size(0) > 1 ? d : 0, n);
+    copy_rows<T>(to_gates, 0, of_read, 0, linear);
+  });
+  add_product_either_way(grads[3]->narrow(0, 0, linear), passing.ahead.t(), of_read, false);
+  // Of u, which reaches m' and with it the gates.
+  const auto read = at::empty({dims, gates}, grad.options());
+  add_product(read, driven, of_memory, false);
+  add_product(of_u, grad.narrow(1, 0, linear), driven.t(), true);
+  add_product(of_u, to_gates, read.t(), true);
+  with_type(weight, [&](auto scalar) {
+    using T = decltype(scalar);
+    layout.of_u(*grads[0], grads[1], grads[2], [&](const at::Tensor& part, int64_t first, int64_t row, int64_t count) {
+      copy_rows<T>(of_u, row, part, first, count);
     });
-    layout.of_gates(*grads[3], grads[4], grads[5], [&](int64_t row, const at::Tensor& part, int64_t first, int64_t count) {
-      copy(from.from_row(row), Matrix<T>(part).from_row(first), count, gates);
+    layout.of_gates(*grads[3], grads[4], grads[5], [&](const at::Tensor& part, int64_t first, int64_t row, int64_t count) {
+      copy_rows<T>(to_gates, row, part, first, count);
     });
   });
   return grads;

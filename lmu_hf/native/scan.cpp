@@ -47,7 +47,7 @@ TORCH_LIBRARY(lmu_hf, library) {
       "merged_operator(int[] layout, Tensor A, Tensor B, Tensor kernel, Tensor? recurrent, Tensor? u_bias, Tensor weight, "
       "Tensor? hidden, Tensor? bias) -> Tensor");
   library.def(
-      "merged_operator_backward(int[] layout, Tensor grad, Tensor B, Tensor matrix, Tensor kernel, Tensor? recurrent, "
+      "merged_operator_backward(int[] layout, Tensor grad, Tensor A, Tensor B, Tensor kernel, Tensor? recurrent, "
       "Tensor? u_bias, Tensor weight, Tensor? hidden, Tensor? bias) -> Tensor?[]");
   // The chunks of a segment whose u is known: known (B, L, W), starts and to_starts (B, L / C, D * N), folds (C, D * N, W) in
   // panels, or (C, W, D * N) for the adjoint. Of the L steps, `count` are there.

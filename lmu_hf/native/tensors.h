@@ -1,7 +1,6 @@
 // Tensors as rows of numbers.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -46,17 +45,18 @@ struct Matrix {
   Matrix from_row(int64_t first) const { return {data + first * row, row, column}; }
 };
 
-// Copies a matrix in tiles: one of both may lie by columns, and would bring a line of the cache for each of their numbers.
+// Copies rows of a matrix, or a vector that is the only row of one.
 template <typename T>
-void copy(const Matrix<T>& from, const Matrix<T>& to, int64_t rows, int64_t columns) {
-  constexpr int64_t tile = 16, least = 1 << 14;  // numbers that are worth a thread
-  const int64_t tiles = (rows + tile - 1) / tile;
-  at::parallel_for(0, tiles, std::max<int64_t>(1, least / (tile * std::max<int64_t>(columns, 1))), [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * tile; first < end * tile; first += tile)
-      for (int64_t column = 0; column < columns; column += tile)
-        for (int64_t r = first; r < std::min(rows, first + tile); ++r)
-          for (int64_t c = column; c < std::min(columns, column + tile); ++c) to.at(r, c) = from.at(r, c);
-  });
+void copy_rows(const at::Tensor& from, int64_t first, const at::Tensor& to, int64_t row, int64_t count) {
+  constexpr int64_t many = 1 << 12;  // numbers for which calls of PyTorch take less time than they save
+  const int64_t columns = from.size(-1);
+  if (count * columns >= many && from.dim() == to.dim()) {
+    to.narrow(0, row, count).copy_(from.narrow(0, first, count));
+    return;
+  }
+  const Matrix<T> read = Matrix<T>(from).from_row(first), written = Matrix<T>(to).from_row(row);
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t c = 0; c < columns; ++c) written.at(r, c) = read.at(r, c);
 }
 
 template <typename T>

@@ -127,6 +127,16 @@ def test_merged(cell, connections, system, loop, monkeypatch):
     assert_equals_naive(layer, "merged", {2: None, 16: None, 23: [23, 7, 8, 0]})
 
 
+@pytest.mark.parametrize("system", ["one", "scales"])
+@pytest.mark.parametrize("connections", ["h2m", "all", "none"])
+def test_merged_with_large_parts(connections, system, compiled_loop):
+    """Parts of the matrix that are copied and multiplied in other ways than small ones."""
+    torch.manual_seed(2)
+    options = {**CONNECTIONS.get(connections, {}), **SYSTEMS[system]}
+    layer = LMU(3, 2, 33, hidden_cell="lstm", hidden_size=70, return_state=True, return_sequences=True, dtype=F64, **options)
+    assert_equals_naive(layer, "merged", {5: None})
+
+
 @pytest.mark.parametrize(
     "options", [{"encoder_act": "tanh"}, {"dropout": 0.5}, {}, {"memory_to_memory": True, "dropout": 0.5}]
 )
