@@ -188,11 +188,10 @@ void feedback_backward(
       }
     };
     if (folds) {
-      PartialSums<T> parts;
+      PartialSums<T> parts(grad_matrix);
       over_rows(batch, [&](int64_t begin, int64_t end) {
         const int64_t rows = end - begin, stride = padded(flat);
-        std::optional<WeightGradient<T>> weights;
-        if (grad_matrix) weights.emplace(grad_matrix->size(0), grad_matrix->size(1));
+        WeightGradient<T>* weights = parts.own();
         Buffer<T> now(rows * flat), reached(rows * stride);
         const Start<T> memory{*folds, reached.data(), flat, stride};
         for (int64_t index = chunks - 1; index >= 0; --index) {
@@ -201,8 +200,7 @@ void feedback_backward(
           for (int64_t r = 0; r < rows; ++r) std::memcpy(&reached[r * stride], &now[r * flat], flat * sizeof(T));
           std::optional<InputsAdjoint<T>> reading;
           if (given) {
-            reading = InputsAdjoint<T>{
-                Sequence<T>(*given).from(at), Sequence<T>(*u).from(at), weights ? &*weights : nullptr};
+            reading = InputsAdjoint<T>{Sequence<T>(*given).from(at), Sequence<T>(*u).from(at), weights};
             if (grad_given) reading->to_x.emplace(*to_given), reading->grad_x = Sequence<T>(*grad_given).from(at);
           }
           loop.backward_rows(
@@ -210,9 +208,9 @@ void feedback_backward(
               reading ? &*reading : nullptr);
           keep(begin, end, index, reached.data(), stride);
         }
-        if (weights) parts.add(*weights);
+        if (weights) weights->finish();
       });
-      if (grad_matrix) parts.add_to(*grad_matrix);
+      parts.gather(true);
       return;
     }
     const at::Tensor start = at::empty({batch, flat}, fold.options());

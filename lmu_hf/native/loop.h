@@ -104,60 +104,61 @@ class WeightGradient {
     std::copy_n(x, inputs, row + lags + size);
     for (int64_t column = 0; column < width; column += PANEL)
       std::memcpy(&right[column * COLLECTED + filled * PANEL], grad + column, PANEL * sizeof(T));
-    if (++filled == COLLECTED) multiply();
+    if (++filled == COLLECTED) finish();
   }
 
-  int64_t size() const { return features * width; }
-
-  // Calls function(feature, row) with the rows of the sum so far.
-  template <typename Function>
-  void each(const Function& function) {
-    multiply();
-    for (int64_t f = 0; f < features; ++f) function(f, &total[f * stride]);
+  // What is collected goes into the sum.
+  void finish() {
+    product<T, true>(
+        features, width, filled, left.data(), features, Panels<T>(right.data(), COLLECTED * PANEL), total.data(), stride);
+    filled = 0;
   }
 
-  // The sum so far, which is added to `to` (features, width).
-  void add_to(T* to) {
-    each([&](int64_t f, const T* row) {
-      for (int64_t i = 0; i < width; ++i) to[f * width + i] += row[i];
-    });
-  }
+  // The sum, once it is finished.
+  const T* row(int64_t feature) const { return &total[feature * stride]; }
 
  private:
   static constexpr int64_t COLLECTED = 128;
   const int64_t features, width, stride;
   Buffer<T> left, right, total;
   int64_t filled = 0;
-
-  void multiply() {
-    product<T, true>(
-        features, width, filled, left.data(), features, Panels<T>(right.data(), COLLECTED * PANEL), total.data(), stride);
-    filled = 0;
-  }
 };
 
-// Adds to numbers what each thread has summed up, or nothing; in the order of threads, so that equal runs round alike.
-template <typename T, typename Part>
-void add_parts(const std::vector<Part>& parts, T* to, int64_t numbers) {
-  at::parallel_for(0, numbers, 1 << 14, [&](int64_t begin, int64_t end) {
-    for (const Part& part : parts)
-      for (int64_t i = begin; i < end && !part.empty(); ++i) to[i] += part[i];
-  });
-}
-
-// Such gradients by thread.
+// The gradient of one matrix by threads, none where it is not wanted.
 template <typename T>
 class PartialSums {
  public:
-  void add(WeightGradient<T>& gradient) {
-    auto& part = parts[at::get_thread_num()];
-    part.resize(gradient.size());
-    gradient.add_to(part.data());
+  explicit PartialSums(const std::optional<at::Tensor>& total) : total(total) {
+    TORCH_CHECK(!total || total->is_contiguous(), "expected a contiguous gradient");
   }
-  void add_to(const at::Tensor& total) const { add_parts(parts, total.data_ptr<T>(), total.numel()); }
+  // That of this thread.
+  WeightGradient<T>* own() {
+    if (!total) return nullptr;
+    auto& part = parts[at::get_thread_num()];
+    if (!part) part = std::make_unique<WeightGradient<T>>(total->size(0), total->size(1));
+    return part.get();
+  }
+  // Adds all of them to what there is, or writes them; in the order of threads, so that equal runs round alike.
+  void gather(bool kept) const {
+    if (!total) return;
+    const int64_t width = total->size(1);
+    T* all = total->data_ptr<T>();
+    const int64_t least = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(width, 1));
+    at::parallel_for(0, total->size(0), least, [&](int64_t begin, int64_t end) {
+      for (int64_t f = begin; f < end; ++f) {
+        T* __restrict to = all + f * width;
+        if (!kept) std::fill_n(to, width, T(0));
+        for (const auto& part : parts) {
+          const T* __restrict from = part ? part->row(f) : nullptr;
+          for (int64_t i = 0; from && i < width; ++i) to[i] += from[i];
+        }
+      }
+    });
+  }
 
  private:
-  std::vector<std::vector<T>> parts = std::vector<std::vector<T>>(at::get_num_threads());
+  const std::optional<at::Tensor>& total;
+  std::vector<std::unique_ptr<WeightGradient<T>>> parts = decltype(parts)(at::get_num_threads());
 };
 
 // The adjoint of Inputs, and the gradient of the matrix of a step; u are those of the chunk, if they are in it.

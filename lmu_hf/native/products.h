@@ -1,6 +1,7 @@
 // Thin products, on register blocks, with the matrix in cache.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -94,7 +95,13 @@ class OwnPanels {
  public:
   explicit OwnPanels(const at::Tensor& matrix)
       : inner(matrix.size(0)), data((matrix.size(1) + PANEL - 1) / PANEL * PANEL * matrix.size(0)) {
-    lay_out(matrix.data_ptr<T>(), matrix.stride(0), matrix.stride(1), inner, matrix.size(1), data.data());
+    const T* from = matrix.data_ptr<T>();
+    const int64_t row = matrix.stride(0), column = matrix.stride(1), width = matrix.size(1);
+    const int64_t least = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, PANEL * inner));  // that are worth a thread
+    at::parallel_for(0, (width + PANEL - 1) / PANEL, least, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * PANEL, count = std::min(width, end * PANEL) - first;
+      lay_out(from + first * column, row, column, inner, count, &data[first * inner]);
+    });
   }
   Panels<T> panels() const { return {data.data(), inner * PANEL}; }
 

@@ -35,7 +35,6 @@ void recurrent_backward(
     const std::string kind, int64_t linear, const at::Tensor& given, const at::Tensor& matrix, at::TensorList states,
     at::TensorList kept, at::TensorList grads, const at::Tensor& carry, const at::Tensor& carried,
     const std::optional<at::Tensor>& grad_given, const std::optional<at::Tensor>& grad_matrix) {
-  TORCH_CHECK(!grad_matrix || grad_matrix->is_contiguous(), "expected a contiguous gradient");
   with_loop(kind, linear, 1, states, kept, {}, std::nullopt, "linear", [&](const auto& loop) {
     using T = typename std::decay_t<decltype(loop)>::Type;
     const int64_t size = states[0].size(1), width = matrix.size(1);
@@ -54,16 +53,14 @@ void recurrent_backward(
     const OwnPanels<T> to_hidden(matrix.narrow(0, 0, size).t());
     const OwnPanels<T> to_given(matrix.narrow(0, size, reads && grad_given ? given.size(2) : 0).t());
     const Adjoint<T> adjoint(to_hidden.panels(), to_hidden.panels(), grads, carry, carried);
-    PartialSums<T> parts;
+    PartialSums<T> parts(grad_matrix);
     over_rows(given.size(0), [&](int64_t begin, int64_t end) {
-      std::optional<WeightGradient<T>> weights;
-      if (grad_matrix) weights.emplace(matrix.size(0), width);
-      InputsAdjoint<T> reading{x, no_u, weights ? &*weights : nullptr};
+      InputsAdjoint<T> reading{x, no_u, parts.own()};
       if (reads && grad_given) reading.to_x.emplace(to_given.panels()), reading.grad_x = Sequence<T>(*grad_given);
       loop.backward_rows(begin, end, 0, given.size(1), adjoint, no_u, sums, nullptr, &reading);
-      if (weights) parts.add(*weights);
+      if (reading.weights) reading.weights->finish();
     });
-    if (grad_matrix) parts.add_to(grad_matrix->zero_());
+    parts.gather(false);
   });
 }
 }  // namespace

@@ -85,6 +85,15 @@ class Levels {
   }
 };
 
+// Adds to numbers what each thread has summed up, or nothing; in the order of threads, so that equal runs round alike.
+template <typename T, typename Part>
+void add_parts(const std::vector<Part>& parts, T* to, int64_t numbers) {
+  at::parallel_for(0, numbers, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (const Part& part : parts)
+      for (int64_t i = begin; i < end && !part.empty(); ++i) to[i] += part[i];
+  });
+}
+
 constexpr int64_t ABREAST = ROWS;  // rows of a thread, whose sums of all steps exist at a time
 
 // Sums of some rows, by steps of whole vectors (rows, T, stride); the room stays for the rows after them.
@@ -145,24 +154,23 @@ void relaxed_backward(
     const Sequence<T> inputs(u), to_inputs(grad_u), x(given);
     std::vector<Sums<T>> room(at::get_num_threads());  // of each thread
     std::vector<Buffer<T>> kernels(room.size());
-    PartialSums<T> matrices;
+    PartialSums<T> matrices(grad_matrix);
     const auto run = [&](int64_t begin, int64_t end) {
       const Sequence<T> sums = room[at::get_thread_num()].of(u, begin, end, steps, width);
       Buffer<T>& of_kernels = kernels[at::get_thread_num()];
       if (grad_kernel) of_kernels.resize(levels.numbers());
-      std::optional<WeightGradient<T>> weights;
-      if (grad_matrix) weights.emplace(grad_matrix->size(0), grad_matrix->size(1));
+      WeightGradient<T>* weights = matrices.own();
       for (int64_t at = (steps - 1) / chunk * chunk; at >= 0; at -= chunk) {
-        InputsAdjoint<T> reading{x.from(at), inputs.from(at), weights ? &*weights : nullptr};
+        InputsAdjoint<T> reading{x.from(at), inputs.from(at), weights};
         if (grad_given) reading.to_x.emplace(*to_given), reading.grad_x = Sequence<T>(*grad_given).from(at);
         loop.backward_rows(
             begin, end, at, std::min(chunk, steps - at), adjoint, to_inputs.from(at), sums.from(at), nullptr, &reading);
         if (at) levels.backward(begin, end, at, inputs, sums, to_inputs, grad_kernel ? of_kernels.data() : nullptr);
       }
-      if (weights) matrices.add(*weights);
+      if (weights) weights->finish();
     };
     over_rows(batch, run, ABREAST);
-    if (grad_matrix) matrices.add_to(*grad_matrix);
+    matrices.gather(true);
     if (!grad_kernel) return;
     Buffer<T> total(levels.numbers());
     add_parts(kernels, total.data(), total.size());

@@ -116,7 +116,9 @@ class SharedSteps {
         for (int64_t r = 0; r < batch; ++r) of_x.put(&back[r * x_stride], reading->grad_x.at(r, t - first));
       }
       for (int64_t r = 0; r < batch; ++r) state.put(&grad[r * s_stride], adjoint.carry + r * size);
-      if (weights) weights->each([&](int64_t f, const T* row) { own.put(row, &reading->grad_matrix->at(f, 0)); });
+      if (!weights) return;
+      weights->finish();
+      for (int64_t f = 0; f < reading->features; ++f) own.put(weights->row(f), &reading->grad_matrix->at(f, 0));
     });
   }
 
