@@ -38,8 +38,8 @@ struct Layout {
   }
 };
 
-// The matrix takes u = of_u^T [m, h, what comes in, 1] to m' = A m + B u, and m' on to the gates. So all that its gates need of m' is
-// what they make of A and of B: few rows, where a product with m' itself would have all of them.
+// The matrix takes u = of_u^T [m, h, what comes in, 1] to m' = A m + B u, and m' on to the gates. So all that these need of m' is what
+// they make of A and of B: few rows, where a product with m' itself would have all of them.
 struct Passing {
   at::Tensor of_u, ahead;  // (rows, D); and [A^T; B] (D * N + D, D * N), of all dimensions side by side
 

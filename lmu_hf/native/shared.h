@@ -103,7 +103,8 @@ class SharedSteps {
           if (grad_sums) own.put(to, grad_sums.at(r, t - first));
           if (weights)
             weights->add(
-                0, nullptr, 0, t > 0 ? kept[0].at(r, t - 1) : initial[0] + r * size, size, reading->x.at(r, t - first), inner, to);
+                0, nullptr, 0, t > 0 ? kept[0].at(r, t - 1) : initial[0] + r * size, size, reading->x.at(r, t - first), inner,
+                to);
         }
         member.wait();
         // Others have them in their caches: all at once, not one as the product comes to it.
@@ -141,7 +142,8 @@ class SharedSteps {
       for (int i = 0; i < Cell::states; ++i) {
         const int64_t column = shares[i].first + (i == 0 ? steps.linear : 0);
         now[i] = steps.kept[i].at(r, t) + column;
-        before[i] = (t > 0 ? steps.kept[i].at(r, t - 1) : const_cast<T*>(steps.initial[i]) + r * steps.kept[i].features) + column;
+        T* initial = const_cast<T*>(steps.initial[i]) + r * steps.kept[i].features;
+        before[i] = (t > 0 ? steps.kept[i].at(r, t - 1) : initial) + column;
       }
       for (int i = Cell::states; i < Cell::kept; ++i) now[i] = rest[i].data();
     }

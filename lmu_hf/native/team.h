@@ -1,4 +1,4 @@
-// Threads that share the steps of rows, where there are fewer of these: which columns each has, and how they wait for one another.
+// Threads that share the steps of few rows: which columns each has, and how they wait for one another.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -17,7 +17,7 @@
 
 namespace {
 
-// Numbers of the matrix that a thread has at least: with fewer it waits more than it saves.
+// Numbers of the matrix that a thread has at least: with fewer it waits more than it saves. As in layer_costs.py.
 constexpr int64_t SHARE = 1 << 13;
 
 // How many threads share the steps of rows by a matrix of so many numbers, for so many units; 1 where each takes its own rows.
