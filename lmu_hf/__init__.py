@@ -75,8 +75,6 @@ _FILES = {
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 
-register_with_transformers()
-
 if not TYPE_CHECKING:  # type checkers know the names above, and only these
 
     def __getattr__(name: str) -> Any:
@@ -92,3 +90,6 @@ if not TYPE_CHECKING:  # type checkers know the names above, and only these
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

@@ -94,7 +94,8 @@ def rows(head, found, contenders, cell):
 
 
 def speed():
-    """Up to four tables, of the parts that were measured: time of training steps, here and on a GPU, of single steps, memory."""
+    """Up to five tables, of the parts that were measured: time of training steps, beside torch's layers at many sizes, and on a
+    GPU; of single steps; memory."""
     peers = {"nn.RNN": "nn.RNN", "nn.LSTM": "nn.LSTM", "nn.GRU": "nn.GRU"}
     keras = {"keras-lmu": "keras-lmu 0.9.0", "keras-lmu XLA": "the same, XLA"}
     cells = {"ours": "ours", "ours in Python": "ours without a compiler", "nn.RNN": "nn.RNNCell", "nn.LSTM": "nn.LSTMCell"}
@@ -106,6 +107,8 @@ def speed():
         tables.append(
             rows("forward and backward", named, {"ours": "ours, ms", "naive": "naive loop", **peers, **keras}, factor)
         )
+    if (BENCHMARKS / "cells.json").exists():
+        tables.append(by_cell(json.loads((BENCHMARKS / "cells.json").read_text(encoding="utf-8"))["results"]))
     if "gpu" in found:
         device = json.loads((BENCHMARKS / "gpu.json").read_text(encoding="utf-8"))["device"]
         graphs = {"ours, graph": "ours, CUDA graph", "nn.RNN, graph": "nn.RNN, CUDA graph"}
@@ -123,6 +126,18 @@ def speed():
         ours = {"ours": "ours", "ours in segments": "ours, `checkpoint_steps`", "naive": "naive loop"}
         tables.append(rows("training step, batch 32, MiB", named, {**ours, "nn.RNN": "nn.RNN", "nn.LSTM": "nn.LSTM"}, whole))
     return "\n\n".join(tables)
+
+
+def by_cell(found):
+    """A table of what torch's layers take in multiples of ours: medians over sizes, and from where to where they go."""
+    lengths = sorted({one["steps"] for sizes in found.values() for one in sizes})
+    lines = ["| hidden cell, 10 to 212 units | " + " | ".join(f"T {steps}" for steps in lengths) + " |"]
+    lines.append("|---" * (1 + len(lengths)) + "|")
+    for cell, sizes in found.items():
+        ratios = [[one["ratio"] for one in sizes if one["steps"] == steps] for steps in lengths]
+        cells = [f"{statistics.median(of):.2f}x ({min(of):.2f} to {max(of):.2f})" for of in ratios]
+        lines.append(f"| LMU with {cell.upper()} beside nn.{cell.upper()} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def factor(value, ours, who):

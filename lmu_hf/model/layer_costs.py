@@ -125,7 +125,7 @@ _MERGED = (
     _Merged(1.48e6, 609, 0.0427, 1.35, 12.0, 0.109),
 )
 # What a merged run without feedback takes, in shares of one with it.
-_MERGED_ALONE = 0.9
+_MERGED_ALONE = 0.95
 
 # Those of loops in Python, measured with a backward pass only.
 _FOLDED_IN_PYTHON = _InChunks(2.13e6, 80.5e3, 750, 0.03, 5.5, 0.0, 9.5, 0.0, 19.2, 34.4)

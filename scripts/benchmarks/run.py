@@ -3,8 +3,9 @@
     python scripts/benchmarks/run.py [PART ...] [--keras PYTHON] [--runs 7] [--cases NAME ...]
 
 Parts are speed (beside keras-lmu, if given the Python of an environment with keras-lmu==0.9.0 and tensorflow-cpu, and torch's
-RNN, LSTM and GRU), scaling, choices, streaming, footprint and loading; all by default, about half an hour on two cores. Each
-writes results/PART.json, with every run; then the pictures are drawn and README's table is made from these files.
+RNN, LSTM and GRU), cells (many sizes beside the latter), scaling, choices, streaming, footprint and loading; all by default,
+some 40 minutes on two cores. Each writes results/PART.json, with every run; then the pictures are drawn and README's table is
+made from these files.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 from lmu_hf.record import as_text, hardware, versions
 
 RESULTS = Path(__file__).with_name("results")
-PARTS = ("loading", "speed", "streaming", "scaling", "choices", "footprint")
+PARTS = ("loading", "speed", "cells", "streaming", "scaling", "choices", "footprint")
 
 
 def main() -> None:
@@ -25,7 +26,9 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; all by default")
     parser.add_argument("--keras", metavar="PYTHON", help="Python of an environment with keras-lmu")
     parser.add_argument("--runs", type=int, default=7, help="of each contender, in turn")
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="only some cases of speed, scaling, choices or footprint")
+    parser.add_argument(
+        "--cases", nargs="+", metavar="NAME", help="only some cases of speed, cells, scaling, choices or footprint"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON files and pictures")
     arguments = parser.parse_args()
     if unknown := [part for part in arguments.parts if part not in PARTS]:

@@ -46,8 +46,7 @@ class TorchContender:
             cell = (hidden, case["hidden_size"]) if hidden else ()
             self.layer = LMU(*sizes, *cell, return_sequences=case.get("sequence", True), **arguments)
             self.layer.algorithm = "naive" if name == "naive" else "auto"
-            if name == "ours in segments":
-                self.layer.checkpoint_steps = case["segments"]
+        self.segments = case["segments"] if name == "ours in segments" else None
         with torch.no_grad():
             shape = self.call(self.x[:, :2]).shape
         self.grad = torch.randn(*shape[:1], case["steps"], *shape[2:]) if len(shape) == 3 else torch.randn(shape)
@@ -57,6 +56,8 @@ class TorchContender:
         return output[0] if isinstance(output, tuple) else output
 
     def run(self, steps=None):
+        if self.segments:  # short runs have some, too
+            self.layer.checkpoint_steps = min(self.segments, (steps or self.x.shape[1]) // 2)
         self.layer.zero_grad()
         output = self.call(self.x[:, :steps])
         output.backward(self.grad[:, :steps] if self.grad.ndim == 3 else self.grad)
