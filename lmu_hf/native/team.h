@@ -8,6 +8,7 @@
 #endif
 
 #include <atomic>
+#include <fstream>
 #include <thread>
 #include <tuple>
 #include <vector>
@@ -20,11 +21,26 @@ namespace {
 // Numbers of the matrix that a thread has at least: with fewer it waits more than it saves. As in layer_costs.py.
 constexpr int64_t SHARE = 1 << 13;
 
+// Processors of this process: threads that wait for one another must all have one, or each step takes as long as the system takes
+// to pass one on. Containers see those of their host, and get shares of time by their control group (version 2, or 1).
+int64_t processors() {
+  static const int64_t found = [] {
+    int64_t count = std::max<int64_t>(1, std::thread::hardware_concurrency()), quota = 0, period = 0;
+    std::ifstream both("/sys/fs/cgroup/cpu.max"), first("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");
+    std::ifstream second("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+    // Where there is no limit the file says "max", or -1.
+    if ((both >> quota >> period || (first >> quota && second >> period)) && quota > 0 && period > 0)
+      count = std::min(count, std::max<int64_t>(1, quota / period));
+    return count;
+  }();
+  return found;
+}
+
 // How many threads share the steps of rows by a matrix of so many numbers, for so many units; 1 where each takes its own rows.
 int64_t threads_that_share(int64_t batch, int64_t units, int64_t numbers) {
 #ifdef _OPENMP
   if (at::in_parallel_region()) return 1;
-  const int64_t most = std::min<int64_t>(at::get_num_threads(), (units + PANEL - 1) / PANEL);
+  const int64_t most = std::min<int64_t>({at::get_num_threads(), processors(), (units + PANEL - 1) / PANEL});
   const int64_t threads = std::min(most, numbers / SHARE);
   return threads >= batch ? threads : 1;
 #else

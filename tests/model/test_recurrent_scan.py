@@ -140,6 +140,7 @@ def test_layouts_of_the_matrix(transposed, way):
 
 @pytest.fixture(params=[2, 3, 5])
 def threads(request, compiled_loop):
+    """Threads, of which as many share steps as there are processors."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
