@@ -98,6 +98,14 @@ def compiled_loop():
         pytest.skip(f"no compiled loop: {lmu_hf.native.why_not()}")
 
 
+@pytest.fixture
+def set_threads():
+    """``torch.set_num_threads``, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["python", "compiled"])
 def loop(request):
     """Which time loop runs: each in turn."""

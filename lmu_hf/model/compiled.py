@@ -18,7 +18,7 @@ SMALL_ORDER = 8
 MOST_NUMBERS = 1 << 18
 
 # Columns of a panel, as in products.h.
-_PANEL = 16
+PANEL = 16
 
 # Multiply-adds from which a product in matrices.h is worth its call, and rows, columns and terms of one that is no thinner.
 _LARGE_PRODUCT = 1 << 19
@@ -49,9 +49,9 @@ def with_rows(tensor: Tensor) -> Tensor:
 
 def panels(matrix: Tensor) -> Tensor:
     """A matrix (..., K, W) as the compiled loops want it: (..., P, K, 16), cut into panels of columns, filled up with zeros."""
-    count = -(-matrix.shape[-1] // _PANEL)
-    filled = F.pad(matrix, (0, count * _PANEL - matrix.shape[-1]))
-    return filled.unflatten(-1, (count, _PANEL)).transpose(-3, -2).contiguous()
+    count = -(-matrix.shape[-1] // PANEL)
+    filled = F.pad(matrix, (0, count * PANEL - matrix.shape[-1]))
+    return filled.unflatten(-1, (count, PANEL)).transpose(-3, -2).contiguous()
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

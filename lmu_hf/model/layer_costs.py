@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .compiled import MOST_NUMBERS, SMALL_ORDER
+from .compiled import MOST_NUMBERS, PANEL, SMALL_ORDER
 from .convolution import block_size
 from .costs import CHUNKS, DEFAULT_CHUNK, LANES, Transforms, transforms_cost
 
@@ -136,8 +136,8 @@ _PYTHON_STEP = (22e3, 50e3)
 
 # Numbers of a matrix that stay in the cache next to the processor; what more there is, is read anew in each step.
 _NEAR = 1e5
-# Numbers of a matrix, and units, that each of the threads that share a step has at least; as in team.h.
-_SHARE, _UNITS = 1 << 13, 16
+# Numbers of a matrix that each of the threads that share a step has at least, beside a panel of units; as in team.h.
+_SHARE = 1 << 13
 # Sums of a row, of which each thread keeps those of some rows: with more, chunks take less memory, and little more time.
 _LONGEST = 1 << 21
 # Numbers of the gradients of spectra for which there is room, 128 MiB in float32.
@@ -238,7 +238,7 @@ def merged_cost(sizes: Recurrence, *, training: bool, feedback: bool) -> float:
 
 def _sharing(sizes: Recurrence, numbers: int) -> int:
     """How many threads share the steps of few rows by a matrix of so many numbers; each then reads its part of it."""
-    threads = min(torch.get_num_threads(), -(-sizes.hidden_size // _UNITS), numbers // _SHARE)
+    threads = min(torch.get_num_threads(), -(-sizes.hidden_size // PANEL), numbers // _SHARE)
     return threads if threads >= sizes.batch else 1
 
 

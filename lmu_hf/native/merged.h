@@ -112,7 +112,7 @@ std::vector<Part> merged_operator_backward(
   const auto to_gates = grad.narrow(1, linear, gates), of_memory = weight.narrow(0, 0, linear);
   const auto driven = passing.ahead.narrow(0, linear, dims);
   // Of what the gates make of A and of B.
-  const auto of_read = at::empty({linear + dims, gates}, grad.options()), of_u = at::zeros({layout.rows, dims}, grad.options());
+  const auto of_read = at::empty({linear + dims, gates}, grad.options()), of_u = at::empty({layout.rows, dims}, grad.options());
   add_product(of_read.narrow(0, linear, dims), passing.of_u.t(), to_gates, false);
   with_type(weight, [&](auto scalar) {
     using T = decltype(scalar);
@@ -122,7 +122,7 @@ std::vector<Part> merged_operator_backward(
   // Of u, which reaches m' and with it the gates.
   const auto read = at::empty({dims, gates}, grad.options());
   add_product(read, driven, of_memory, false);
-  add_product(of_u, grad.narrow(1, 0, linear), driven.t(), true);
+  add_product(of_u, grad.narrow(1, 0, linear), driven.t(), false);
   add_product(of_u, to_gates, read.t(), true);
   with_type(weight, [&](auto scalar) {
     using T = decltype(scalar);

@@ -51,16 +51,12 @@ def test_equals_torch(shape, layout, dtype):
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads(threads):
+def test_threads(threads, set_threads):
     """Any number of them shares the work, and equal runs give equal bits."""
     a, b = torch.randn(301, 70), torch.randn(70, 300)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        result = matmul(a, b)
-        assert torch.equal(matmul(a, b), result)
-    finally:
-        torch.set_num_threads(before)
+    set_threads(threads)
+    result = matmul(a, b)
+    assert torch.equal(matmul(a, b), result)
     # 70 terms of some units each, in float32.
     assert (result - a.double() @ b.double()).abs().max() < 1e-4
 

@@ -139,12 +139,10 @@ def test_layouts_of_the_matrix(transposed, way):
 
 
 @pytest.fixture(params=[2, 3, 5])
-def threads(request, compiled_loop):
+def threads(request, compiled_loop, set_threads):
     """Threads, of which as many share steps as there are processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    set_threads(request.param)
+    return request.param
 
 
 # Few rows, and matrices and cells large enough for two threads and more.
@@ -158,14 +156,10 @@ def shares(kind, sizes):
     return _sharing(run, (linear + size) * (linear + gates))
 
 
-def test_some_share_and_some_do_not():
-    before = torch.get_num_threads()
-    torch.set_num_threads(5)
-    try:
-        assert [shares("tanh", sizes) for sizes in SHARED] == [3, 1, 1, 1, 2]
-        assert [shares("lstm", sizes) for sizes in SHARED] == [5, 2, 2, 5, 2]
-    finally:
-        torch.set_num_threads(before)
+def test_some_share_and_some_do_not(set_threads):
+    set_threads(5)
+    assert [shares("tanh", sizes) for sizes in SHARED] == [3, 1, 1, 1, 2]
+    assert [shares("lstm", sizes) for sizes in SHARED] == [5, 2, 2, 5, 2]
 
 
 @pytest.mark.parametrize("way", ["segments", "reads"])
