@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .by_system import fold_rows, fold_state, product
-from .compiled import SMALL_ORDER, add_matmul, available, matmul, with_rows
+from .compiled import SMALL_ORDER, add_matmul, available, gradient_of, matmul, with_rows
 from .folding import ChunkOperators
 from .gates import Pointwise
 from .memory import wants_gradient
@@ -187,13 +187,11 @@ class _ChunkedScan(torch.autograd.Function):
                 parts = () if joined is None else zip(rows, joined.split(list(rows.values())), strict=True)
                 added = {name: part.view(weights[name].shape) for name, part in parts if needed[name]}
                 needed.update(given=False, step=False, weight=False, bias=False)
-        # Contiguous, whatever the strides of a weight: those of a view with one row are refused by cuBLAS. Those that products
-        # add to are written by the first.
-        grads = {
-            name: (torch.zeros_like if name in _SUMMED else torch.empty_like)(tensor, memory_format=torch.contiguous_format)
-            for name, tensor in weights.items()
-            if needed[name]
-        }
+        # Those that products add to are written by the first.
+        grads = {name: gradient_of(tensor) for name, tensor in weights.items() if needed[name]}
+        for name in _SUMMED:
+            if name in grads:
+                grads[name].zero_()
         # Gradient of u.
         inputs = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
         grad_memory: Tensor | None = None  # of the memory at the end of a segment

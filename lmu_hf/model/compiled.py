@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Largest order that the compiled loop of the memory takes, and up to which it beats products also where these fill the machine.
@@ -49,9 +48,20 @@ def with_rows(tensor: Tensor) -> Tensor:
 
 def panels(matrix: Tensor) -> Tensor:
     """A matrix (..., K, W) as the compiled loops want it: (..., P, K, 16), cut into panels of columns, filled up with zeros."""
-    count = -(-matrix.shape[-1] // PANEL)
-    filled = F.pad(matrix, (0, count * PANEL - matrix.shape[-1]))
-    return filled.unflatten(-1, (count, PANEL)).transpose(-3, -2).contiguous()
+    return torch.ops.lmu_hf.panels(matrix)
+
+
+def gradient_of(weight: Tensor) -> Tensor:
+    """Room for the gradient of a weight, not initialised.
+
+    Contiguous, since cuBLAS refuses the strides of a view with one row. But that of a large matrix on a CPU lies as the parameter
+    does whose transpose it is: autograd hands such a gradient on as it is, and rearranges others, which takes as long as the steps
+    of few rows.
+    """
+    shape = weight.shape
+    if weight.ndim == 2 and weight.stride() == (1, shape[0]) and weight.numel() > MOST_NUMBERS and weight.device.type == "cpu":
+        return weight.new_empty(shape[1], shape[0]).mT
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -61,6 +71,9 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> Tensor:
     """total (M, N) = beta * total + a (M, K) @ b (K, N), in place, for a ``beta`` of 0 or 1; of no derivative."""
+    if total.stride(1) != 1 and total.stride(0) == 1:
+        add_matmul(total.mT, b.mT, a.mT, beta=beta)
+        return total
     if total.stride(1) != 1 or not outdoes_blas(a, b):
         return total.addmm_(a, b, beta=beta)
     torch.ops.lmu_hf.add_product(total, a, b, beta == 1)

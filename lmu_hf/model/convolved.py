@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import add_matmul, matmul
+from .compiled import add_matmul, gradient_of, matmul
 from .convolution import convolve, convolve_back
 from .gates import Pointwise
 from .memory import wants_gradient
@@ -86,7 +86,7 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     names = ("given", "weight", "bias", "u", "kernel", "hidden_weight")
     wanted = dict(zip(names, ctx.needs_input_grad[2:], strict=False))
     steps, width = u.shape[1], hidden_weight.shape[1]
-    # Those that are added to begin with zeros.
+    # Those that are added to begin with zeros; that of the largest matrix is written by its first product.
     made = {
         "given": torch.empty_like(given, memory_format=torch.contiguous_format) if wanted["given"] else None,
         **{
@@ -96,9 +96,9 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
                 ("bias", bias),
                 ("u", u),
                 ("kernel", kernel),
-                ("hidden_weight", hidden_weight),
             )
         },
+        "hidden_weight": gradient_of(hidden_weight) if wanted["hidden_weight"] else None,
     }
     correlation = convolve_back(kernel)
     of_states: list[State] = []
@@ -121,7 +121,7 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
             correlation(u[rows], sums, None if made["u"] is None else made["u"][rows], made["kernel"])
         if made["hidden_weight"] is not None:
             # Against the h before each step. All rows in one product: only their first steps do not follow in it.
-            add_matmul(made["hidden_weight"], states[0][rows].mT, sums[:, 0])
+            add_matmul(made["hidden_weight"], states[0][rows].mT, sums[:, 0], beta=int(rows.start > 0))
             sums[:, 0] = 0
             add_matmul(made["hidden_weight"], kept[0][rows].view(len(flat), -1)[:-1].mT, flat[1:])
     return *(made[name] for name in names), *(torch.cat(parts) for parts in zip(*of_states, strict=True))

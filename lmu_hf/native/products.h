@@ -2,13 +2,15 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cstring>
 #include <new>
 #include <type_traits>
 #include <vector>
+
+#include "tensors.h"
 
 namespace {
 
@@ -75,40 +77,49 @@ struct Panels {
 // Writes a matrix (inner, width) of any strides as such panels.
 template <typename T>
 void lay_out(const T* from, int64_t row, int64_t column, int64_t inner, int64_t width, T* to) {
-  for (int64_t first = 0; first < width; first += PANEL) {
+  for (int64_t first = 0; first < width; first += PANEL, to += inner * PANEL) {
     const int64_t count = std::min(PANEL, width - first);
-    for (int64_t k = 0; k < inner; ++k, to += PANEL) {
-      const T* numbers = from + k * row + first * column;
+    const T* panel = from + first * column;
+    // Where rows are what is contiguous, so many of a column at a time are read in one go.
+    const int64_t together = row == 1 ? PANEL : 1;
+    for (int64_t k = 0; k < inner; k += together) {
+      const int64_t rows = std::min(together, inner - k);
+      const T* numbers = panel + k * row;
+      T* tile = to + k * PANEL;
       if (column == 1 && count == PANEL) {
-        std::memcpy(to, numbers, PANEL * sizeof(T));
-      } else {
-        for (int64_t c = 0; c < count; ++c) to[c] = numbers[c * column];
-        std::fill(to + count, to + PANEL, T(0));
+        std::memcpy(tile, numbers, PANEL * sizeof(T));
+        continue;
       }
+      for (int64_t c = 0; c < count; ++c)
+        for (int64_t r = 0; r < rows; ++r) tile[r * PANEL + c] = numbers[r * row + c * column];
+      for (int64_t r = 0; r < rows && count < PANEL; ++r) std::fill(tile + r * PANEL + count, tile + (r + 1) * PANEL, T(0));
     }
   }
 }
 
-// The same of a tensor, laid out here.
-template <typename T>
-class OwnPanels {
- public:
-  explicit OwnPanels(const at::Tensor& matrix)
-      : inner(matrix.size(0)), data((matrix.size(1) + PANEL - 1) / PANEL * PANEL * matrix.size(0)) {
-    const T* from = matrix.data_ptr<T>();
-    const int64_t row = matrix.stride(0), column = matrix.stride(1), width = matrix.size(1);
-    const int64_t least = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, PANEL * inner));  // that are worth a thread
-    at::parallel_for(0, (width + PANEL - 1) / PANEL, least, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * PANEL, count = std::min(width, end * PANEL) - first;
-      lay_out(from + first * column, row, column, inner, count, &data[first * inner]);
+// The panels of a matrix (.., inner, width): (.., panels, inner, PANEL).
+at::Tensor panels_of(const at::Tensor& matrix) {
+  const int64_t inner = matrix.size(-2), width = matrix.size(-1), count = (width + PANEL - 1) / PANEL;
+  const int64_t row = matrix.stride(-2), column = matrix.stride(-1), leading = matrix.dim() - 2;
+  std::vector<int64_t> sizes(matrix.sizes().begin(), matrix.sizes().begin() + leading);
+  sizes.insert(sizes.end(), {count, inner, PANEL});
+  const at::Tensor result = at::empty(sizes, matrix.options());
+  with_type(matrix, [&](auto scalar) {
+    using T = decltype(scalar);
+    T* to = result.data_ptr<T>();
+    const int64_t numbers = PANEL * inner, least = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, numbers));
+    at::parallel_for(0, numbers ? result.numel() / numbers : 0, least, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i % count * PANEL;
+        const T* from = matrix.const_data_ptr<T>() + first * column;
+        for (int64_t d = leading - 1, index = i / count; d >= 0; index /= matrix.size(d), --d)
+          from += index % matrix.size(d) * matrix.stride(d);
+        lay_out(from, row, column, inner, std::min(PANEL, width - first), to + i * numbers);
+      }
     });
-  }
-  Panels<T> panels() const { return {data.data(), inner * PANEL}; }
-
- private:
-  const int64_t inner;
-  Buffer<T> data;
-};
+  });
+  return result;
+}
 
 constexpr int64_t TERMS = 64;  // of a sum at a time: a long sum in one go would round as often as it has terms
 

@@ -23,10 +23,11 @@ void recurrent_forward(
       const SharedInputs<T> inputs{Sequence<T>(given), Elements<T>(rows.from_row(size)), bias.data(), repeated};
       return loop.forward_shared(threads, 0, given.size(1), sums, Elements<T>(rows), reads ? &inputs : nullptr);
     }
-    const OwnPanels<T> laid(matrix);
-    const Inputs<T> inputs{Sequence<T>(given), laid.panels().from_row(size), bias.data(), repeated};
+    const at::Tensor panels = panels_of(matrix);
+    const Panels<T> laid(panels);
+    const Inputs<T> inputs{Sequence<T>(given), laid.from_row(size), bias.data(), repeated};
     over_rows(given.size(0), [&](int64_t begin, int64_t end) {
-      loop.forward_rows(begin, end, 0, given.size(1), sums, laid.panels(), no_u, nullptr, reads ? &inputs : nullptr);
+      loop.forward_rows(begin, end, 0, given.size(1), sums, laid, no_u, nullptr, reads ? &inputs : nullptr);
     });
   });
 }
@@ -50,13 +51,14 @@ void recurrent_backward(
       if (grad_matrix) reading.grad_matrix.emplace(*grad_matrix);
       return loop.backward_shared(threads, 0, given.size(1), adjoint, sums, &reading);
     }
-    const OwnPanels<T> to_hidden(matrix.narrow(0, 0, size).t());
-    const OwnPanels<T> to_given(matrix.narrow(0, size, reads && grad_given ? given.size(2) : 0).t());
-    const Adjoint<T> adjoint(to_hidden.panels(), to_hidden.panels(), grads, carry, carried);
+    const at::Tensor to_hidden = panels_of(matrix.narrow(0, 0, size).t());
+    const at::Tensor to_given = panels_of(matrix.narrow(0, size, reads && grad_given ? given.size(2) : 0).t());
+    const Panels<T> back_to_hidden(to_hidden);
+    const Adjoint<T> adjoint(back_to_hidden, back_to_hidden, grads, carry, carried);
     PartialSums<T> parts(grad_matrix);
     over_rows(given.size(0), [&](int64_t begin, int64_t end) {
       InputsAdjoint<T> reading{x, no_u, parts.own()};
-      if (reads && grad_given) reading.to_x.emplace(to_given.panels()), reading.grad_x = Sequence<T>(*grad_given);
+      if (reads && grad_given) reading.to_x.emplace(to_given), reading.grad_x = Sequence<T>(*grad_given);
       loop.backward_rows(begin, end, 0, given.size(1), adjoint, no_u, sums, nullptr, &reading);
       if (reading.weights) reading.weights->finish();
     });

@@ -89,6 +89,8 @@ TORCH_LIBRARY(lmu_hf, library) {
       "relaxed_backward(str kind, int chunk, Tensor given, Tensor? to_given, Tensor to_hidden, Tensor to_u, int width, "
       "Tensor[] spectra, Tensor[] states, Tensor[] kept, Tensor[] grads, Tensor u, Tensor(a!) grad_u, Tensor(b!) carry, "
       "Tensor(c!) carried, Tensor(d!)? grad_given, Tensor(e!)? grad_matrix, Tensor(f!)? grad_kernel) -> ()");
+  // A matrix (.., K, W) cut into panels of columns: (.., P, K, 16).
+  library.def("panels(Tensor matrix) -> Tensor");
   // total (M, N) = a (M, K) @ b (K, N), added to what is there if it is kept; whether that is faster than BLAS is.
   library.def("add_product(Tensor(a!) total, Tensor a, Tensor b, bool kept) -> ()");
   library.def("outdoes_blas() -> bool", &outdoes_blas);
@@ -115,6 +117,7 @@ TORCH_LIBRARY_IMPL(lmu_hf, CPU, library) {
   library.impl("convolution_backward", &convolution_backward);
   library.impl("relaxed_forward", &relaxed_forward);
   library.impl("relaxed_backward", &relaxed_backward);
+  library.impl("panels", &panels_of);
   library.impl("add_product", &add_product);
   library.impl("memory_forward", &memory_forward);
   library.impl("memory_backward", &memory_backward);
