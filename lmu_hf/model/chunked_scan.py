@@ -12,7 +12,6 @@ step's sums: D + G if u is computed in the loop, otherwise G.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .by_system import fold_rows, fold_state, product
@@ -22,7 +21,7 @@ from .gates import Pointwise
 from .memory import wants_gradient
 from .precision import full_float32
 from .scan import scan_class
-from .scratch import Scratch, arriving, before_each, first_derivative, known_sums, of_steps
+from .scratch import Scratch, add_step_gradient, arriving, before_each, first_derivative, known_sums, of_steps
 from .time_loop import Encoding, State, TimeLoop, send_back, start_all
 
 # A segment has about this many rows, chunks times batch, for its products to run at full speed, but no more numbers in its
@@ -242,7 +241,7 @@ class _ChunkedScan(torch.autograd.Function):
             if "step" in grads or "encoder" in grads:
                 before = before_each(states[0], kept[0], first, length)
                 if "step" in grads:
-                    _add_step_gradient(grads["step"], flat, u[:, segment] if feedback else None, before, chunk, beta)
+                    add_step_gradient(grads["step"], flat, u[:, segment] if feedback else None, before, chunk, beta)
                 if "encoder" in grads:
                     seen = before if operators.mask is None else before * operators.mask[:, None]
                     add_matmul(grads["encoder"], seen.flatten(0, 1).mT, flat[:, :dims], beta=beta)
@@ -352,24 +351,3 @@ def _rows(starts: Tensor, u: Tensor, power: Tensor) -> Tensor:
     starts = starts.unflatten(1, (-1, power.shape[1]))  # (M, D, N)
     rows = torch.cat([starts, u.view(len(u), -1, starts.shape[1]).mT], dim=2)
     return rows.flatten(0, 1)[None] if len(power) == 1 else rows.transpose(0, 1)
-
-
-def _add_step_gradient(total: Tensor, grad: Tensor, u: Tensor | None, before: Tensor, chunk: int, beta: int) -> None:
-    """Adds a segment's part of the gradient of the step matrix to ``beta`` times what there is: grad (B * length, W), u
-    (B, length, D), before (B, length, H)."""
-    of_u = len(total) - before.shape[2]
-    add_matmul(total[of_u:], before.flatten(0, 1).mT, grad, beta=beta)
-    if u is None or not of_u:
-        return
-    dims = u.shape[2]
-    if dims >= chunk:
-        inputs, by_chunk = u.reshape(-1, chunk * dims), grad.view(-1, chunk, grad.shape[1])
-        if not beta:
-            total[:of_u] = 0
-        for j in range(1, chunk):
-            add_matmul(total[of_u - j * dims : of_u], inputs[:, : j * dims].mT, by_chunk[:, j])
-        return
-    # The u of each lag, none before the chunk: windows over these few numbers spare a product for each step of a chunk.
-    by_chunk = F.pad(u.unflatten(1, (-1, chunk)), (0, 0, chunk - 1, 0))
-    lags = by_chunk.unfold(2, chunk - 1, 1)[:, :, :chunk].mT.reshape(len(grad), -1)
-    add_matmul(total[:of_u], lags.mT, grad, beta=beta)

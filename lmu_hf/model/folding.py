@@ -145,9 +145,10 @@ def feedback_weights(
         hidden_to_u = torch.zeros_like(encoder)
     else:
         to_gates = torch.addmm(to_gates, recurrent, direct)
-        hidden_to_gates = torch.addmm(hidden_to_gates, encoder, direct)
+        hidden_to_gates = torch.addmm(hidden_to_gates.mT, direct.mT, encoder.mT).mT
     to_sums = torch.cat([recurrent, to_gates], dim=1).view(dims, order, -1)
-    return to_sums, torch.cat([hidden_to_u, hidden_to_gates], dim=1), direct
+    # As the parameters lie, and then transposed: large ones are not rearranged here, nor are their gradients.
+    return to_sums, torch.cat([hidden_to_u.mT, hidden_to_gates.mT]).mT, direct
 
 
 def feedback_operators(to_sums: Tensor, hidden: Tensor, system: DelaySystem, chunk: int) -> ChunkOperators:
@@ -157,11 +158,16 @@ def feedback_operators(to_sums: Tensor, hidden: Tensor, system: DelaySystem, chu
     response = system.newest_last(chunk, dtype, device)
     kernel = by_dimension(response[:, 1:], to_sums).transpose(0, 1).flatten(0, 1)
     return ChunkOperators(
-        step=torch.cat([kernel, hidden]),
+        step=below(kernel, hidden),
         power=system.power(chunk, dtype, device),
         response=response,
         fold=applied_powers(to_sums, system, chunk).flatten(0, 1).flatten(1),
     )
+
+
+def below(kernel: Tensor, hidden: Tensor) -> Tensor:
+    """A short kernel (R, W) and, below it, what h contributes (H, W); as :func:`feedback_weights` returns the latter, transposed."""
+    return torch.cat([kernel.mT, hidden.mT], dim=1).mT
 
 
 def encoder_matrix(cell: LMUCell, like: Tensor) -> Tensor:

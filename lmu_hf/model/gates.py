@@ -76,10 +76,10 @@ def _torch_weights(module: nn.Module) -> GateWeights | None:
 
 def _gru_weights(weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> GateWeights:
     # The candidate's two halves meet only behind the reset gate, so they are two gates of their own: r, z, x_n, h_n.
-    input_r, input_z, input_n = weight_ih.mT.chunk(3, dim=1)
-    hidden_r, hidden_z, hidden_n = weight_hh.mT.chunk(3, dim=1)
-    input_weight = torch.cat([input_r, input_z, input_n, torch.zeros_like(input_n)], dim=1)
-    hidden_weight = torch.cat([hidden_r, hidden_z, torch.zeros_like(hidden_n), hidden_n], dim=1)
+    # Joined as the parameters lie, and then transposed: their gradients need not be.
+    hidden_of, hidden_n = weight_hh.tensor_split([-weight_hh.shape[1]])
+    input_weight = torch.cat([weight_ih, weight_ih.new_zeros(len(hidden_n), weight_ih.shape[1])]).mT
+    hidden_weight = torch.cat([hidden_of, torch.zeros_like(hidden_n), hidden_n]).mT
     bias = None
     if bias_ih is not None and bias_hh is not None:
         size = hidden_n.shape[0]

@@ -172,7 +172,7 @@ def relaxed_cost(sizes: Recurrence, *, training: bool) -> tuple[int, float]:
     matrix = (hidden + (block - 1) * dims) * width
     # Of the gradients of all spectra, which each thread adds up by itself.
     spectra = 2 * steps * dims * width * min(threads, batch)
-    if matrix > MOST_NUMBERS or steps * width > _LONGEST or (training and spectra > _MOST_OF_SPECTRA):
+    if steps * width > _LONGEST or (training and spectra > _MOST_OF_SPECTRA):
         return block, math.inf
     blocks, signals, kernels = -(-steps // block), 0.0, 0.0
     for level in range((blocks - 1).bit_length()):

@@ -15,18 +15,24 @@ Compiled loops only: blocks are many, and short. Names: B batch, T time, C steps
 inputs; W = D + G is the width of a step's sums.
 """
 
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import available, with_rows
+from .compiled import MOST_NUMBERS, PANEL, add_matmul, available, with_rows
+from .folding import below
 from .gates import Pointwise
 from .memory import wants_gradient
 from .scan import CompiledScan
-from .scratch import arriving, first_derivative
+from .scratch import add_step_gradient, arriving, before_each, first_derivative, of_steps
 from .time_loop import State
+
+# Numbers of the gradients of the sums of some rows that are kept for products: 128 MiB in float32.
+_NUMBERS = 1 << 25
 
 
 def relaxed_scan(
@@ -96,8 +102,18 @@ class _RelaxedScan(torch.autograd.Function):
         # Of the u of the block so far, h, inputs and 1, one below the other.
         rows = [len(loop.step) - len(hidden_weight), len(hidden_weight), len(weight), int(bias is not None)]
         wanted = wants_weight or wants_bias or wants_kernel or wants_hidden
-        matrix = kernel.new_zeros(sum(rows), kernel.shape[2]) if wanted else None
-        loop.relaxed_backward(given, weight, u, to_u, spectra, to_given, matrix, to_kernel)
+        shape = sum(rows), kernel.shape[2]
+        ways: tuple[Any, ...] = (given, weight, u, to_u, spectra, to_given)
+        matrix: Tensor | None = None
+        if wanted and math.prod(shape) > MOST_NUMBERS:
+            # Each thread would have one of its own: it is made by products instead. Transposed, as large parameters come.
+            matrix = kernel.new_empty(*reversed(shape)).mT
+            for first, grad in _tiles(u, shape[1], loop.chunk):
+                loop.relaxed_backward(*ways, None, to_kernel, first, grad)
+                _add_gradients(matrix, grad, first, given, u, states[0], kept[0], loop.chunk)
+        else:
+            matrix = kernel.new_zeros(shape) if wanted else None
+            loop.relaxed_backward(*ways, matrix, to_kernel)
         short, to_hidden, to_weight, to_bias = [None] * 4 if matrix is None else matrix.split(rows)
         if to_kernel is not None and short is not None:
             lags = min(loop.chunk, u.shape[1]) - 1
@@ -119,7 +135,35 @@ def _prepare(
     """The loop over blocks, and the spectra of the kernel for 1, 2, 4, .. of them."""
     (cell, block, _), steps, kernel = settings, u.shape[1], kernel.contiguous()
     short = F.pad(kernel[:, : block - 1], (0, 0, 0, max(block - steps, 0)))
-    step = torch.cat([short.flip(1).transpose(0, 1).flatten(0, 1), hidden_weight])
+    step = below(short.flip(1).transpose(0, 1).flatten(0, 1), hidden_weight)
     lengths = [block << level for level in range((-(-steps // block) - 1).bit_length())]
     spectra = [torch.ops.lmu_hf.convolution_spectrum(kernel, 2 * length, 1) for length in lengths]
     return CompiledScan(cell, step, block, len(kernel), states, kept), spectra
+
+
+def _tiles(u: Tensor, width: int, block: int) -> Iterator[tuple[int, Tensor]]:
+    """Which rows go together, each time the first of them, with room for the gradients of their sums (rows, K * C, W), zero past
+    the last step."""
+    batch, steps = u.shape[:2]
+    whole, stride = -(-steps // block) * block, -(-width // PANEL) * PANEL
+    count = -(-batch * whole * stride // _NUMBERS)
+    room = u.new_empty(-(-batch // count), whole, stride)
+    room[:, steps:] = 0
+    room[..., width:] = 0  # vectors reach there
+    for first in range(0, batch, len(room)):
+        yield first, room[: batch - first, :, :width]
+
+
+def _add_gradients(
+    matrix: Tensor, grad: Tensor, first_row: int, given: Tensor, u: Tensor, initial: Tensor, hidden: Tensor, block: int
+) -> None:
+    """Writes the gradient of [step, inputs, 1] -> sums that some rows make, or, where rows came before, adds it to theirs."""
+    rows, length, beta = slice(first_row, first_row + len(grad)), grad.shape[1], int(first_row > 0)
+    of_step = (block - 1) * u.shape[2] + hidden.shape[2]
+    of_inputs, of_one = matrix[of_step:].tensor_split([given.shape[2]])
+    flat, before = grad.flatten(0, 1), before_each(initial[rows], hidden[rows], 0, length)
+    add_step_gradient(matrix[:of_step], flat, of_steps(u[rows], 0, length), before, block, beta)
+    add_matmul(of_inputs, of_steps(given[rows], 0, length).flatten(0, 1).mT, flat, beta=beta)
+    if len(of_one):
+        total = flat.sum(0)
+        of_one[0] = total + of_one[0] if beta else total

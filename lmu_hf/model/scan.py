@@ -334,8 +334,13 @@ class CompiledScan(TimeLoop):
         grad_given: Tensor | None,
         grad_matrix: Tensor | None,
         grad_kernel: Tensor | None,
+        first_row: int = 0,
+        grad_sums: Tensor | None = None,
     ) -> None:
-        """The adjoint. Writes ``grad_given``; adds to the others, of which ``grad_matrix`` is as in :meth:`adds_up`."""
+        """The adjoint. Writes ``grad_given``; adds to the others, of which ``grad_matrix`` is as in :meth:`adds_up`.
+
+        With ``grad_sums`` (R, T or more, W), it takes R rows from ``first_row`` on and leaves the gradients of their sums there.
+        """
         torch.ops.lmu_hf.relaxed_backward(
             self.cell.kind,
             self.chunk,
@@ -354,6 +359,8 @@ class CompiledScan(TimeLoop):
             grad_given,
             grad_matrix,
             grad_kernel,
+            first_row,
+            grad_sums,
         )
 
     def initial_gradients(self) -> State:

@@ -75,6 +75,27 @@ def before_each(initial: Tensor, hidden: Tensor, first: int, length: int) -> Ten
     return before if first else torch.cat([initial[:, None], before], dim=1)
 
 
+def add_step_gradient(total: Tensor, grad: Tensor, u: Tensor | None, before: Tensor, chunk: int, beta: int) -> None:
+    """Adds a segment's part of the gradient of the step matrix to ``beta`` times what there is: grad (B * length, W), u
+    (B, length, D), before (B, length, H)."""
+    of_u = len(total) - before.shape[2]
+    add_matmul(total[of_u:], before.flatten(0, 1).mT, grad, beta=beta)
+    if u is None or not of_u:
+        return
+    dims = u.shape[2]
+    if dims >= chunk:
+        inputs, by_chunk = u.reshape(-1, chunk * dims), grad.unflatten(0, (-1, chunk))
+        if not beta:
+            total[:of_u] = 0
+        for j in range(1, chunk):
+            add_matmul(total[of_u - j * dims : of_u], inputs[:, : j * dims].mT, by_chunk[:, j])
+        return
+    # The u of each lag, none before the chunk: windows over these few numbers spare a product for each step of a chunk.
+    by_chunk = F.pad(u.unflatten(1, (-1, chunk)), (0, 0, chunk - 1, 0))
+    lags = by_chunk.unfold(2, chunk - 1, 1)[:, :, :chunk].mT.reshape(len(grad), -1)
+    add_matmul(total[:of_u], lags.mT, grad, beta=beta)
+
+
 def arriving(grads: tuple[Tensor | None, ...], sequences: State) -> State:
     """What :meth:`TimeLoop.start_backward` receives: of no features where there is no gradient."""
     return tuple(state[..., :0] if grad is None else grad for grad, state in zip(grads, sequences, strict=False))

@@ -144,19 +144,22 @@ void relaxed_backward(
     const at::Tensor& to_hidden, const at::Tensor& to_u, int64_t width, at::TensorList spectra, at::TensorList states,
     at::TensorList kept, at::TensorList grads, const at::Tensor& u, const at::Tensor& grad_u, const at::Tensor& carry,
     const at::Tensor& carried, const std::optional<at::Tensor>& grad_given, const std::optional<at::Tensor>& grad_matrix,
-    const std::optional<at::Tensor>& grad_kernel) {
+    const std::optional<at::Tensor>& grad_kernel, int64_t first_row, const std::optional<at::Tensor>& grad_sums) {
   TORCH_CHECK(u.is_contiguous() && grad_given.has_value() == to_given.has_value(), "expected all that the gradients take");
   with_loop(kind, 0, chunk, states, kept, {}, std::nullopt, "linear", [&](const auto& loop) {
     using T = typename std::decay_t<decltype(loop)>::Type;
-    const int64_t batch = u.size(0), steps = u.size(1);
+    const int64_t steps = u.size(1), count = grad_sums ? grad_sums->size(0) : u.size(0);
     const Levels<T> levels(spectra, chunk, steps, width);
     const Adjoint<T> adjoint(Panels<T>{to_hidden}, Panels<T>{to_u}, grads, carry, carried);
     const Sequence<T> inputs(u), to_inputs(grad_u), x(given);
+    Sequence<T> given_sums = grad_sums ? Sequence<T>(*grad_sums) : Sequence<T>::none(width);
+    given_sums.data -= first_row * given_sums.row;
+    TORCH_CHECK(!grad_sums || given_sums.step % PANEL == 0, "expected room for whole vectors");
     std::vector<Sums<T>> room(at::get_num_threads());  // of each thread
     std::vector<Buffer<T>> kernels(room.size());
     PartialSums<T> matrices(grad_matrix);
     const auto run = [&](int64_t begin, int64_t end) {
-      const Sequence<T> sums = room[at::get_thread_num()].of(u, begin, end, steps, width);
+      const Sequence<T> sums = grad_sums ? given_sums : room[at::get_thread_num()].of(u, begin, end, steps, width);
       Buffer<T>& of_kernels = kernels[at::get_thread_num()];
       if (grad_kernel) of_kernels.resize(levels.numbers());
       WeightGradient<T>* weights = matrices.own();
@@ -169,7 +172,7 @@ void relaxed_backward(
       }
       if (weights) weights->finish();
     };
-    over_rows(batch, run, ABREAST);
+    over_rows(count, [&](int64_t begin, int64_t end) { run(first_row + begin, first_row + end); }, ABREAST);
     matrices.gather(true);
     if (!grad_kernel) return;
     Buffer<T> total(levels.numbers());

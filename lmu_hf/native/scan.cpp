@@ -81,14 +81,16 @@ TORCH_LIBRARY(lmu_hf, library) {
       "convolution_backward(Tensor u, Tensor spectrum, Tensor grad, Tensor(a!)? grad_u, Tensor(b!)? grad_kernel) -> ()");
   // All steps of a coupled layer whose memory begins empty: given (B, T, I) with its weight and bias, u (B, T, D), and the spectra
   // of the kernel (D, T - 1, W), from lag 1 on, for transforms of 2 C, 4 C, .. points. The adjoint adds to grad_u, which begins with
-  // what comes from elsewhere, to grad_matrix, as that of a segment does, and to grad_kernel.
+  // what comes from elsewhere, to grad_matrix, as that of a segment does, and to grad_kernel. With grad_sums (R, T, W), it takes R
+  // rows from `first_row` on, and leaves the gradients of their sums there.
   library.def(
       "relaxed_forward(str kind, int chunk, Tensor given, Tensor weight, Tensor? bias, Tensor matrix, int width, "
       "Tensor[] spectra, Tensor[] states, Tensor(a!)[] kept, Tensor(b!) u) -> ()");
   library.def(
       "relaxed_backward(str kind, int chunk, Tensor given, Tensor? to_given, Tensor to_hidden, Tensor to_u, int width, "
       "Tensor[] spectra, Tensor[] states, Tensor[] kept, Tensor[] grads, Tensor u, Tensor(a!) grad_u, Tensor(b!) carry, "
-      "Tensor(c!) carried, Tensor(d!)? grad_given, Tensor(e!)? grad_matrix, Tensor(f!)? grad_kernel) -> ()");
+      "Tensor(c!) carried, Tensor(d!)? grad_given, Tensor(e!)? grad_matrix, Tensor(f!)? grad_kernel, int first_row, "
+      "Tensor(g!)? grad_sums) -> ()");
   // A matrix (.., K, W) cut into panels of columns: (.., P, K, 16).
   library.def("panels(Tensor matrix) -> Tensor");
   // total (M, N) = a (M, K) @ b (K, N), added to what is there if it is kept; whether that is faster than BLAS is.
