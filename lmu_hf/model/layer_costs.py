@@ -138,6 +138,8 @@ _PYTHON_STEP = (22e3, 50e3)
 _NEAR = 1e5
 # Numbers of a matrix that each of the threads that share a step has at least, beside a panel of units; as in team.h.
 _SHARE = 1 << 13
+# Numbers of a matrix from which on they share the steps of so many rows per thread, as there.
+_FAR, _FAR_ROWS = 1 << 21, 4
 # Sums of a row, of which each thread keeps those of some rows: with more, chunks take less memory, and little more time.
 _LONGEST = 1 << 21
 # Numbers of the gradients of spectra for which there is room, 128 MiB in float32.
@@ -239,7 +241,8 @@ def merged_cost(sizes: Recurrence, *, training: bool, feedback: bool) -> float:
 def _sharing(sizes: Recurrence, numbers: int) -> int:
     """How many threads share the steps of few rows by a matrix of so many numbers; each then reads its part of it."""
     threads = min(torch.get_num_threads(), -(-sizes.hidden_size // PANEL), numbers // _SHARE)
-    return threads if threads >= sizes.batch else 1
+    rows = threads * (_FAR_ROWS if numbers >= _FAR else 1)
+    return threads if rows >= sizes.batch else 1
 
 
 def lookahead_chunk(sizes: Recurrence, *, training: bool, measured: bool) -> int:

@@ -20,6 +20,9 @@ namespace {
 
 // Numbers of the matrix that a thread has at least: with fewer it waits more than it saves. As in layer_costs.py.
 constexpr int64_t SHARE = 1 << 13;
+// Numbers of a matrix that the caches of cores cannot hold: of those each thread reads its part for all of so many rows per thread,
+// rather than everything for its own.
+constexpr int64_t FAR = 1 << 21, FAR_ROWS = 4;
 
 // Processors of this process: threads that wait for one another must all have one, or each step takes as long as the system takes
 // to pass one on. Containers see those of their host, and get shares of time by their control group (version 2, or 1).
@@ -42,7 +45,7 @@ int64_t threads_that_share(int64_t batch, int64_t units, int64_t numbers) {
   if (at::in_parallel_region()) return 1;
   const int64_t most = std::min<int64_t>({at::get_num_threads(), processors(), (units + PANEL - 1) / PANEL});
   const int64_t threads = std::min(most, numbers / SHARE);
-  return threads >= batch ? threads : 1;
+  return threads * (numbers >= FAR ? FAR_ROWS : 1) >= batch ? threads : 1;
 #else
   return 1;
 #endif

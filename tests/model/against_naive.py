@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lmu_hf.model import lookahead, plan
+from lmu_hf.model import compiled, lookahead, plan, relaxed
 from lmu_hf.model.layer import LMU
 
 F64 = torch.float64
@@ -59,6 +59,12 @@ def take(monkeypatch, chunk, memory="lookahead"):
         return (memory, chunk) if ours else for_itself(*sizes, **feedback)
 
     monkeypatch.setattr(plan, "recurrence_algorithm", chosen)
+
+
+def as_if_large(monkeypatch):
+    """Makes every matrix pass for one that no core can hold."""
+    for module in (compiled, relaxed):
+        monkeypatch.setattr(module, "MOST_NUMBERS", 0)
 
 
 def everything(layer, x, lengths, at_rest=False):

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from against_naive import CELLS, CONNECTIONS, F64, SYSTEMS, assert_equals_naive, build, take
+from against_naive import CELLS, CONNECTIONS, F64, SYSTEMS, as_if_large, assert_equals_naive, build, take
 from torch import nn
 
 from lmu_hf.model import scan
@@ -52,6 +52,17 @@ def test_encodings(cell, connections, system, encoding, loop, monkeypatch):
     monkeypatch.setitem(CONNECTIONS, "encoded", {**CONNECTIONS[connections], **ENCODINGS[encoding]})
     layer = build(cell, "encoded", system)
     assert_equals_naive(layer, "lookahead", {2: None, 8: None, 23: [23, 7, 8, 0]})
+
+
+@pytest.mark.parametrize("memory", ["lookahead", "folded", "written", "convolved"])
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "torch_gru"])
+def test_gradients_that_lie_as_large_parameters_do(cell, system, memory, loop, monkeypatch):
+    take(monkeypatch, 4, memory)
+    as_if_large(monkeypatch)
+    monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": True})
+    layer = build(cell, "all" if memory == "lookahead" else "none", system)
+    assert_equals_naive(layer, "auto", {2: None, 39: [39, 16, 17, 0]}, at_rest=memory == "convolved")
 
 
 def test_order_256_in_float32(loop):

@@ -177,6 +177,12 @@ def test_threads_share_the_steps_of_few_rows(kind, sizes, way, threads, monkeypa
         assert torch.equal(one, other)
 
 
+def test_threads_share_the_steps_of_more_rows_by_a_matrix_that_is_far_away(threads):
+    sizes = (0, 730, 1, 5, 16)
+    assert shares("lstm", sizes) == threads
+    assert_equal("lstm", 0, build("lstm", *sizes))
+
+
 @pytest.mark.parametrize("wanted", [{0}, {1}, {2}, {0, 1}, {1, 2, 3}])
 def test_threads_share_some_gradients_alone(wanted, threads):
     tensors = build("lstm", *SHARED[1])

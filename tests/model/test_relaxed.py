@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from against_naive import CONNECTIONS, F64, SYSTEMS, assert_equals_naive, build, take
+from against_naive import CONNECTIONS, F64, SYSTEMS, as_if_large, assert_equals_naive, build, take
 
 from lmu_hf.model import layer_costs, lookahead, relaxed
 from lmu_hf.model.convolution import block_size
@@ -34,6 +34,37 @@ def test_rows(cell, batch, monkeypatch):
     """More than a thread takes abreast, than lanes of a vector, and fewer."""
     take(monkeypatch, 4, "relaxed")
     assert_equals_naive(build(cell, "all", "scales"), "auto", {39: None}, batch=batch, at_rest=True)
+
+
+@pytest.mark.parametrize("numbers", [1, 1 << 25])
+@pytest.mark.parametrize("block", [4, 1, 30])
+@pytest.mark.parametrize("connections", COUPLED)
+@pytest.mark.parametrize("cell", ["rnn", "rnn_no_bias", "lstm", "gru"])
+def test_large_matrices(cell, connections, block, numbers, monkeypatch):
+    """Whose gradients products make, of all rows, or of one after the other."""
+    take(monkeypatch, block, "relaxed")
+    as_if_large(monkeypatch)
+    monkeypatch.setattr(relaxed, "_NUMBERS", numbers)
+    assert_equals_naive(build(cell, connections, "scales"), "auto", {2: None, 39: [39, 16, 17, 0]}, at_rest=True)
+
+
+@pytest.mark.parametrize("trained", ["kernel", "weight_ih", "weight_hh", "bias"])
+def test_some_gradients_of_large_matrices(trained, monkeypatch):
+    take(monkeypatch, 4, "relaxed")
+    layer = build("lstm", "all", "one")
+    x = torch.randn(3, 21, 3, dtype=F64)
+    weights = [parameter for name, parameter in layer.named_parameters() if name.endswith(trained)]
+    assert weights
+    found = []
+    for large in (False, True):
+        if large:
+            as_if_large(monkeypatch)
+        layer.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_()
+        found.append(torch.autograd.grad(layer(x)[0].square().sum(), weights))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() < 1e-11 * max(1.0, float(other.abs().max()))
 
 
 def test_order_256_in_float32(monkeypatch):
