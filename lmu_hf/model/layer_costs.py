@@ -216,13 +216,13 @@ def uncoupled_costs(
         work = written.product * rows * (recurrent + flat * (each + gates)) + written.number * rows * (gates + hidden + flat)
         # With few rows, reading the chunk's operator costs more than multiplying with it.
         work += written.operator * (0 if step_by_step else steps * (size + order) * order)
-        work += written.reading * steps * max(recurrent - _NEAR, 0) + written.signal * rows * dims
+        work += written.reading * steps * _read(sizes, recurrent) + written.signal * rows * dims
         costs["written", size] = written.call + written.chunk * chunks + written.step * steps + work
     if compiled and at_rest:
         own = _CONVOLVED[training]
         transforms = transforms_cost(own.transforms, batch, steps, gates, dims)
         kernel = steps * dims * gates * (own.making * order + own.kernel)
-        cell = own.product * rows * recurrent + own.reading * steps * max(recurrent - _NEAR, 0)
+        cell = own.product * rows * recurrent + own.reading * steps * _read(sizes, recurrent)
         costs["convolved", 0] = transforms + kernel + cell
     return costs
 
@@ -233,15 +233,21 @@ def merged_cost(sizes: Recurrence, *, training: bool, feedback: bool) -> float:
     own, linear, rows = _MERGED[training], dims * order, batch * steps
     matrix = (linear + hidden) * (linear + gates)
     numbers = own.number * (linear + hidden + gates)
-    reading = own.reading * steps * max(matrix / _sharing(sizes, matrix) - _NEAR, 0)
+    reading = own.reading * steps * _read(sizes, matrix, alone=matrix > MOST_NUMBERS)
     once = own.call + own.step * steps + own.building * matrix + reading
     return (once + rows * (own.product * matrix + numbers)) * (1 if feedback else _MERGED_ALONE)
 
 
-def _sharing(sizes: Recurrence, numbers: int) -> int:
-    """How many threads share the steps of few rows by a matrix of so many numbers; each then reads its part of it."""
+def _read(sizes: Recurrence, numbers: int, *, alone: bool = True) -> float:
+    """How many numbers of a matrix a thread reads anew in each step, of all of them or of its part. ``alone``: what else the sums
+    are made of lies in memory."""
+    return max(numbers / _sharing(sizes, numbers, alone=alone) - _NEAR, 0)
+
+
+def _sharing(sizes: Recurrence, numbers: int, *, alone: bool) -> int:
+    """How many threads share the steps of few rows by a matrix of so many numbers, as in loop.h."""
     threads = min(torch.get_num_threads(), -(-sizes.hidden_size // PANEL), numbers // _SHARE)
-    rows = threads * (_FAR_ROWS if numbers >= _FAR else 1)
+    rows = threads * _FAR_ROWS if numbers >= _FAR else threads - alone
     return threads if rows >= sizes.batch else 1
 
 

@@ -153,7 +153,7 @@ def shares(kind, sizes):
     linear, size, _, batch, steps = sizes
     gates = {"lstm": 4, "gru": 4}.get(kind, 1) * size
     run = Recurrence(batch, steps, 1, linear, size, gates)
-    return _sharing(run, (linear + size) * (linear + gates))
+    return _sharing(run, (linear + size) * (linear + gates), alone=False)
 
 
 def test_some_share_and_some_do_not(set_threads):
