@@ -181,9 +181,9 @@ class _ChunkedScan(torch.autograd.Function):
         if feedback and given is not None:
             rows = {"step": len(step), "weight": len(weight), "bias": int(bias is not None)}
             wanted = any(needed[name] for name in rows)
-            joined = step.new_zeros(sum(rows.values()), width) if wanted else None
+            joined = step.new_empty(sum(rows.values()), width) if wanted else None
             if scan.adds_up(given, weight, u, grad_given, joined, operators):
-                parts = () if joined is None else zip(rows, joined.split(list(rows.values())), strict=True)
+                parts = () if joined is None else zip(rows, joined.zero_().split(list(rows.values())), strict=True)
                 added = {name: part.view(weights[name].shape) for name, part in parts if needed[name]}
                 needed.update(given=False, step=False, weight=False, bias=False)
         # Those that products add to are written by the first.

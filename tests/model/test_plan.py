@@ -124,10 +124,11 @@ def test_folds_where_the_memory_is_large():
 
 def test_relaxes_where_the_memory_is_large():
     feedback = {"hidden_to_memory": True, "memory_to_memory": True}
-    large, small, wide = (
+    large, small, wide, long = (
         Recurrence(100, 784, 1, 256, 212, 212),
         Recurrence(100, 784, 1, 8, 212, 212),
-        Recurrence(1, 784, 1, 256, 600, 2400),
+        Recurrence(64, 200, 1, 256, 1024, 4096),
+        Recurrence(100, 16384, 1, 256, 212, 212),
     )
     assert recurrence_algorithm(large, **feedback, **KNOWN, at_rest=True) == ("relaxed", 25)
     assert recurrence_algorithm(large, **feedback, **KNOWN)[0] == "lookahead"
@@ -136,8 +137,9 @@ def test_relaxes_where_the_memory_is_large():
         recurrence_algorithm(large, **feedback, training=True, compiled=False, measured=True, at_rest=True)[0] != "relaxed"
     )
     assert recurrence_algorithm(small, **feedback, **KNOWN, at_rest=True)[0] != "relaxed"
-    # Its loop adds up the gradients of the weights, of which there are too many.
-    assert recurrence_algorithm(wide, **feedback, **KNOWN, at_rest=True)[0] != "relaxed"
+    assert recurrence_algorithm(wide, **feedback, **KNOWN, at_rest=True) == ("relaxed", 25)
+    # Threads keep the sums of all steps of some rows.
+    assert recurrence_algorithm(long, **feedback, **KNOWN, at_rest=True)[0] != "relaxed"
 
 
 @pytest.mark.parametrize("hidden_to_memory", [False, True])
@@ -171,7 +173,8 @@ def test_recurrence_costs(compiled, hidden_to_memory, cell):
 
         forward, whole = (best(sizes, training=training) for training in (False, True))
         assert 0 < forward < whole or not compiled
-        assert all(best(more, training=training) > min(forward, whole) for more in larger for training in (False, True))
+        # A second row may find an idle thread.
+        assert all(best(more, training=training) >= min(forward, whole) for more in larger for training in (False, True))
 
 
 def test_what_has_no_gradient_is_chosen_by_its_forward_pass(monkeypatch):
