@@ -54,13 +54,11 @@ def panels(matrix: Tensor) -> Tensor:
 def gradient_of(weight: Tensor) -> Tensor:
     """Room for the gradient of a weight, not initialised.
 
-    Contiguous, since cuBLAS refuses the strides of a view with one row. But that of a large matrix on a CPU lies as the parameter
-    does whose transpose it is: autograd hands such a gradient on as it is, and rearranges others, which takes as long as the steps
-    of few rows.
+    Contiguous, since cuBLAS refuses the strides of a view with one row. But on a CPU that of a matrix lies as the parameter does
+    whose transpose it is: autograd hands such a gradient on as it is, and rearranges others, which takes as long as some steps.
     """
-    shape = weight.shape
-    if weight.ndim == 2 and weight.stride() == (1, shape[0]) and weight.numel() > MOST_NUMBERS and weight.device.type == "cpu":
-        return weight.new_empty(shape[1], shape[0]).mT
+    if weight.device.type == "cpu" and weight.ndim == 2 and min(weight.shape) > 1 and weight.stride() == (1, len(weight)):
+        return weight.new_empty(weight.shape[1], weight.shape[0]).mT
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
