@@ -131,12 +131,16 @@ def speed():
 def by_cell(found):
     """A table of what torch's layers take in multiples of ours: medians over sizes, and from where to where they go."""
     lengths = sorted({one["steps"] for sizes in found.values() for one in sizes})
-    lines = ["| hidden cell, 10 to 212 units | " + " | ".join(f"T {steps}" for steps in lengths) + " |"]
+    lines = ["| hidden cell | " + " | ".join(f"T {steps}" for steps in lengths) + " |"]
     lines.append("|---" * (1 + len(lengths)) + "|")
-    for cell, sizes in found.items():
-        ratios = [[one["ratio"] for one in sizes if one["steps"] == steps] for steps in lengths]
-        cells = [f"{statistics.median(of):.2f}x ({min(of):.2f} to {max(of):.2f})" for of in ratios]
-        lines.append(f"| LMU with {cell.upper()} beside nn.{cell.upper()} | " + " | ".join(cells) + " |")
+    for units, wide in (("10 to 212 units", False), ("512 units", True)):
+        for cell, sizes in found.items():
+            ratios = [
+                [one["ratio"] for one in sizes if one["steps"] == steps and (one["hidden_size"] >= 512) == wide]
+                for steps in lengths
+            ]
+            cells = [f"{statistics.median(of):.2f}x ({min(of):.2f} to {max(of):.2f})" if of else "" for of in ratios]
+            lines.append(f"| LMU with {cell.upper()} beside nn.{cell.upper()}, {units} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -121,8 +121,8 @@ _RELAXED = (
     _Relaxed(3.3e6, 0.193, 1.13, 1.55, 1.83, 0.0433, 0.03, 2.86, 0.655),
 )
 _MERGED = (
-    _Merged(732e3, 230, 0.021, 0.376, 4.0, 0.0742),
-    _Merged(1.48e6, 609, 0.0427, 1.35, 12.0, 0.109),
+    _Merged(732e3, 230, 0.021, 0.376, 5.0, 0.0742),
+    _Merged(1.48e6, 609, 0.0427, 1.35, 10.0, 0.109),
 )
 # What a merged run without feedback takes, in shares of one with it.
 _MERGED_ALONE = 0.95

@@ -11,8 +11,12 @@ import torch
 from worker import TorchContender, timed
 
 PEERS = {"rnn": "nn.RNN", "lstm": "nn.LSTM", "gru": "nn.GRU"}
-HIDDEN, STEPS, BATCHES = (10, 64, 212), (28, 200, 784), (1, 8, 64)
-MEMORIES = ((1, 64), (4, 16))  # memory dimensions, order
+BATCHES, COUPLED = (1, 8, 64), (True, False)
+# Hidden sizes, steps, and memories by their dimensions and order; with 512 units the matrix of most cells leaves the cache of a core.
+GRIDS = (
+    ((10, 64, 212), (28, 200, 784), ((1, 64), (4, 16))),
+    ((512,), (28, 200), ((1, 256),)),
+)
 
 # Seconds for which a shorter call is repeated.
 SHORT = 0.05
@@ -23,8 +27,8 @@ def run(*, runs: int, names: list[str] | None = None, **_) -> dict:
     results: dict[str, list[dict]] = {}
     for cell in names or PEERS:
         found = []
-        for hidden, steps, batch, (dims, order), coupled in itertools.product(
-            HIDDEN, STEPS, BATCHES, MEMORIES, (True, False)
+        for hidden, steps, (dims, order), batch, coupled in itertools.chain.from_iterable(
+            itertools.product(*grid, BATCHES, COUPLED) for grid in GRIDS
         ):
             sizes = {
                 "hidden_size": hidden,
@@ -38,10 +42,11 @@ def run(*, runs: int, names: list[str] | None = None, **_) -> dict:
                 {**sizes, **_compared({**sizes, "input_size": 1, "theta": steps, "hidden": cell}, PEERS[cell], runs)}
             )
         results[cell] = found
-        for steps in STEPS:
-            ratios = [one["ratio"] for one in found if one["steps"] == steps]
-            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-            print(f"{PEERS[cell]:8s} T {steps:3d}: {statistics.median(ratios):.2f} of ours   {spread}", flush=True)
+        for sizes, lengths, _ in GRIDS:
+            for steps in lengths:
+                ratios = [one["ratio"] for one in found if one["steps"] == steps and one["hidden_size"] in sizes]
+                spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+                print(f"{PEERS[cell]:8s} {sizes} units, T {steps:3d}: {statistics.median(ratios):.2f} of ours   {spread}", flush=True)
     return results
 
 
