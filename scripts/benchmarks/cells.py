@@ -46,7 +46,10 @@ def run(*, runs: int, names: list[str] | None = None, **_) -> dict:
             for steps in lengths:
                 ratios = [one["ratio"] for one in found if one["steps"] == steps and one["hidden_size"] in sizes]
                 spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-                print(f"{PEERS[cell]:8s} {sizes} units, T {steps:3d}: {statistics.median(ratios):.2f} of ours   {spread}", flush=True)
+                print(
+                    f"{PEERS[cell]:8s} {sizes} units, T {steps:3d}: {statistics.median(ratios):.2f} of ours   {spread}",
+                    flush=True,
+                )
     return results
 
 
