@@ -103,7 +103,7 @@ class _RelaxedScan(torch.autograd.Function):
         rows = [len(loop.step) - len(hidden_weight), len(hidden_weight), len(weight), int(bias is not None)]
         wanted = wants_weight or wants_bias or wants_kernel or wants_hidden
         shape = sum(rows), kernel.shape[2]
-        ways: tuple[Any, ...] = (given, weight, u, to_u, spectra, to_given)
+        ways = (given, weight, u, to_u, spectra, to_given)
         matrix: Tensor | None = None
         if wanted and math.prod(shape) > MOST_NUMBERS:
             # Each thread would have one of its own: it is made by products instead. Transposed, as large parameters come.

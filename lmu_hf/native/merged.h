@@ -72,28 +72,32 @@ at::Tensor merged_operator(
   const Layout layout(numbers);
   const Passing passing(layout, A, B, kernel, recurrent, u_bias);
   const int64_t dims = kernel.size(1), order = B.size(1), linear = layout.linear, gates = weight.size(1);
-  const auto result = at::zeros({layout.rows, linear + gates}, weight.options());
+  const auto result = at::empty({layout.rows, linear + gates}, weight.options());
   const auto to_gates = result.narrow(1, linear, gates), read = at::empty({linear + dims, gates}, weight.options());
   add_product(read, passing.ahead, weight.narrow(0, 0, linear), false);
   with_type(weight, [&](auto scalar) {
     using T = decltype(scalar);
-    const Matrix<T> of_u(passing.of_u), ahead(passing.ahead);
-    for (int64_t r = 0; r < layout.rows; ++r) {
-      T* __restrict to = result.data_ptr<T>() + r * (linear + gates);
-      if (r < linear) std::copy_n(&ahead.at(r, 0), linear, to);
-      for (int64_t d = 0; d < dims; ++d) {
-        const T factor = of_u.at(r, d), *__restrict driven = &ahead.at(linear + d, 0);
-        for (int64_t i = d * order; i < (d + 1) * order; ++i) to[i] += factor * driven[i];
-      }
-    }
+    const Matrix<T> of_u(passing.of_u), ahead(passing.ahead), reading(read);
+    // Rows that are a part's from end to end.
+    std::vector<char> covered(layout.rows);
     layout.of_gates(weight, hidden, bias, [&](const at::Tensor& part, int64_t first, int64_t row, int64_t count) {
       copy_rows<T>(part, first, to_gates, row, count);
+      std::fill_n(covered.begin() + row, count, 1);
     });
-    for (int64_t r = 0; r < linear; ++r) {
-      T* __restrict to = result.data_ptr<T>() + r * (linear + gates) + linear;
-      const T* __restrict from = read.data_ptr<T>() + r * gates;
-      for (int64_t c = 0; c < gates; ++c) to[c] += from[c];
-    }
+    const int64_t least = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, linear + gates));
+    at::parallel_for(0, layout.rows, least, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        T* __restrict to = result.data_ptr<T>() + r * (linear + gates);
+        if (r < linear)
+          std::copy_n(&ahead.at(r, 0), linear, to), std::copy_n(&reading.at(r, 0), gates, to + linear);
+        else
+          std::fill_n(to, covered[r] ? linear : linear + gates, T(0));
+        for (int64_t d = 0; d < dims; ++d) {
+          const T factor = of_u.at(r, d), *__restrict driven = &ahead.at(linear + d, 0);
+          for (int64_t i = d * order; i < (d + 1) * order; ++i) to[i] += factor * driven[i];
+        }
+      }
+    });
   });
   add_product(to_gates, passing.of_u, read.narrow(0, linear, dims), true);
   return result;

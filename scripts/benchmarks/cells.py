@@ -12,7 +12,7 @@ from worker import TorchContender, timed
 
 PEERS = {"rnn": "nn.RNN", "lstm": "nn.LSTM", "gru": "nn.GRU"}
 BATCHES, COUPLED = (1, 8, 64), (True, False)
-# Hidden sizes, steps, and memories by their dimensions and order; with 512 units the matrix of most cells leaves the cache of a core.
+# Hidden sizes, steps, and memories by their dimensions and order. With 512 units most matrices leave the cache of a core.
 GRIDS = (
     ((10, 64, 212), (28, 200, 784), ((1, 64), (4, 16))),
     ((512,), (28, 200), ((1, 256),)),
