@@ -166,7 +166,7 @@ def feedback_operators(to_sums: Tensor, hidden: Tensor, system: DelaySystem, chu
 
 
 def below(kernel: Tensor, hidden: Tensor) -> Tensor:
-    """A short kernel (R, W) and, below it, what h contributes (H, W); lies transposed, as :func:`feedback_weights` returns these."""
+    """A short kernel (R, W), and what h contributes (H, W) below it; transposed, as :func:`feedback_weights` returns these."""
     return torch.cat([kernel.mT, hidden.mT], dim=1).mT
 
 
