@@ -104,8 +104,9 @@ def speed():
     tables = []
     if "speed" in found:
         named = found["speed"].values()
-        ours = {"ours": "ours, ms", "ours in large pages": "ours, large pages"}
-        tables.append(rows("forward and backward", named, {**ours, "naive": "naive loop", **peers, **keras}, factor))
+        tables.append(
+            rows("forward and backward", named, {"ours": "ours, ms", "naive": "naive loop", **peers, **keras}, factor)
+        )
     if (BENCHMARKS / "cells.json").exists():
         tables.append(by_cell(json.loads((BENCHMARKS / "cells.json").read_text(encoding="utf-8"))["results"]))
     if "gpu" in found:

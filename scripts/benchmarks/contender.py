@@ -8,8 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 WORKER = Path(__file__).with_name("worker.py")
-# Environment variables of contenders whose names end so. The second is PyTorch's own, and Linux's.
-SETTINGS = {"in Python": {"LMU_HF_NATIVE": "0"}, "in large pages": {"THP_MEM_ALLOC_ENABLE": "1"}}
 
 
 class Contender:
@@ -22,10 +20,7 @@ class Contender:
 
     def __init__(self, python: str, name: str, case: dict):
         self.name, self.runs = name, []
-        environment = dict(os.environ)
-        for ending, variables in SETTINGS.items():
-            if name.endswith(ending):
-                environment |= variables
+        environment = {**os.environ, "LMU_HF_NATIVE": "0"} if name.endswith("in Python") else None
         sizes = {key: value for key, value in case.items() if key not in ("title", "peers")}
         command = [python, str(WORKER), name, json.dumps(sizes)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

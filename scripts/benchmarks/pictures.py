@@ -10,7 +10,6 @@ from pathlib import Path
 STYLES = {
     "ours": ("#0072B2", "o", "LMU, uncoupled"),
     "ours coupled": ("#56B4E9", "s", "LMU, coupled"),
-    "ours in large pages": ("#56B4E9", "s", "ours, large pages"),
     "naive": ("#999999", "v", "naive loop, uncoupled"),
     "nn.RNN": ("#D55E00", "^", "nn.RNN"),
     "nn.LSTM": ("#CC79A7", "D", "nn.LSTM"),

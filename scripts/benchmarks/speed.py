@@ -15,7 +15,7 @@ def run(*, runs: int, keras: str | None, names: list[str] | None = None, **_) ->
     results = {}
     for name in names or CASES:
         case = CASES[name]
-        contenders = [(sys.executable, one, case) for one in ("ours", "ours in large pages", "naive", *case["peers"])]
+        contenders = [(sys.executable, one, case) for one in ("ours", "naive", *case["peers"])]
         if keras:
             contenders.append((keras, "keras-lmu", case))
             if "hidden" not in case or case["steps"] <= LONGEST_FOR_XLA:
@@ -31,5 +31,5 @@ def describe_one(result: dict) -> str:
     for name, runs in result["runs"].items():
         median = statistics.median(runs)
         spread = f"{min(runs):.1f} to {max(runs):.1f}"
-        lines.append(f"  {name:19s} {median:9.2f} ms   {spread:20s} {median / ours:7.2f}x ours")
+        lines.append(f"  {name:14s} {median:9.2f} ms   {spread:20s} {median / ours:7.2f}x ours")
     return "\n".join(lines)

@@ -25,7 +25,7 @@ LONG = 0.1
 
 
 class TorchContender:
-    """A layer of ours, "ours", "ours in segments" or "naive", or of torch, "nn.LSTM"; see also contender.SETTINGS."""
+    """A layer of ours, "ours", "ours in segments" or "naive", or of torch, "nn.LSTM"."""
 
     def __init__(self, name, case):
         import torch
