@@ -1,7 +1,6 @@
 // Tensors as rows of numbers.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -46,38 +45,18 @@ struct Matrix {
   Matrix from_row(int64_t first) const { return {data + first * row, row, column}; }
 };
 
-// Copies a matrix. In tiles, since one of them may lie transposed: of that, lines of the cache are then read or written as a whole.
-template <typename T>
-void copy_tiles(const Matrix<T>& from, const Matrix<T>& to, int64_t rows, int64_t columns) {
-  constexpr int64_t tile = 8;
-  // What is written has contiguous rows, if it has anything contiguous.
-  if (to.column != 1 && to.row == 1)
-    return copy_tiles<T>({from.data, from.column, from.row}, {to.data, to.column, to.row}, columns, rows);
-  for (int64_t top = 0; top < rows; top += tile)
-    for (int64_t left = 0; left < columns; left += tile) {
-      const int64_t height = std::min(tile, rows - top), width = std::min(tile, columns - left);
-      const T* __restrict read = &from.at(top, left);
-      T* __restrict written = &to.at(top, left);
-      if (from.row == 1 && to.column == 1 && height == tile && width == tile) {
-        for (int64_t r = 0; r < tile; ++r)
-          for (int64_t c = 0; c < tile; ++c) written[r * to.row + c] = read[c * from.column + r];
-        continue;
-      }
-      for (int64_t r = 0; r < height; ++r)
-        for (int64_t c = 0; c < width; ++c) written[r * to.row + c * to.column] = read[r * from.row + c * from.column];
-    }
-}
-
 // Copies rows of a matrix, or a vector that is the only row of one.
 template <typename T>
 void copy_rows(const at::Tensor& from, int64_t first, const at::Tensor& to, int64_t row, int64_t count) {
-  const int64_t columns = from.size(-1), least = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, columns));
+  constexpr int64_t many = 1 << 12;  // numbers for which calls of PyTorch take less time than they save
+  const int64_t columns = from.size(-1);
+  if (count * columns >= many && from.dim() == to.dim()) {
+    to.narrow(0, row, count).copy_(from.narrow(0, first, count));
+    return;
+  }
   const Matrix<T> read = Matrix<T>(from).from_row(first), written = Matrix<T>(to).from_row(row);
-  const bool whole = read.column == 1 && written.column == 1;
-  at::parallel_for(0, count, least, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; whole && r < end; ++r) std::copy_n(&read.at(r, 0), columns, &written.at(r, 0));
-    if (!whole) copy_tiles(read.from_row(begin), written.from_row(begin), end - begin, columns);
-  });
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t c = 0; c < columns; ++c) written.at(r, c) = read.at(r, c);
 }
 
 template <typename T>
