@@ -69,10 +69,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> Tensor:
     """total (M, N) = beta * total + a (M, K) @ b (K, N), in place, for a ``beta`` of 0 or 1; of no derivative."""
-    if total.stride(1) != 1 and total.stride(0) == 1:
-        add_matmul(total.mT, b.mT, a.mT, beta=beta)
-        return total
-    if total.stride(1) != 1 or not outdoes_blas(a, b):
+    if 1 not in total.stride() or not outdoes_blas(a, b):
         return total.addmm_(a, b, beta=beta)
     torch.ops.lmu_hf.add_product(total, a, b, beta == 1)
     return total

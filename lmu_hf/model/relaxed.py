@@ -104,7 +104,7 @@ class _RelaxedScan(torch.autograd.Function):
         wanted = wants_weight or wants_bias or wants_kernel or wants_hidden
         shape = sum(rows), kernel.shape[2]
         ways = (given, weight, u, to_u, spectra, to_given)
-        matrix: Tensor | None = None
+        matrix: Tensor | None
         if wanted and math.prod(shape) > MOST_NUMBERS:
             # Each thread would have one of its own: it is made by products instead. Transposed, as large parameters come.
             matrix = kernel.new_empty(*reversed(shape)).mT

@@ -93,7 +93,8 @@ TORCH_LIBRARY(lmu_hf, library) {
       "Tensor(g!)? grad_sums) -> ()");
   // A matrix (.., K, W) cut into panels of columns: (.., P, K, 16).
   library.def("panels(Tensor matrix) -> Tensor");
-  // total (M, N) = a (M, K) @ b (K, N), added to what is there if it is kept; whether that is faster than BLAS is.
+  // total (M, N), of contiguous rows or columns, = a (M, K) @ b (K, N), added to what is there if it is kept; whether that is faster
+  // than BLAS is.
   library.def("add_product(Tensor(a!) total, Tensor a, Tensor b, bool kept) -> ()");
   library.def("outdoes_blas() -> bool", &outdoes_blas);
   // starts (M, D, N), u (M, C, D), A (S, N, N), B (S, N), states (M, C, D, N); N up to 32. `arriving` takes the gradients that
@@ -120,7 +121,7 @@ TORCH_LIBRARY_IMPL(lmu_hf, CPU, library) {
   library.impl("relaxed_forward", &relaxed_forward);
   library.impl("relaxed_backward", &relaxed_backward);
   library.impl("panels", &panels_of);
-  library.impl("add_product", &add_product);
+  library.impl("add_product", &add_product_either_way);
   library.impl("memory_forward", &memory_forward);
   library.impl("memory_backward", &memory_backward);
 }

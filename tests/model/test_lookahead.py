@@ -57,7 +57,7 @@ def test_encodings(cell, connections, system, encoding, loop, monkeypatch):
 @pytest.mark.parametrize("memory", ["lookahead", "folded", "written", "convolved"])
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "torch_gru"])
-def test_gradients_that_lie_as_large_parameters_do(cell, system, memory, loop, monkeypatch):
+def test_large_matrices(cell, system, memory, loop, monkeypatch):
     take(monkeypatch, 4, memory)
     as_if_large(monkeypatch)
     monkeypatch.setitem(CONNECTIONS, "none", {"input_to_hidden": True})
