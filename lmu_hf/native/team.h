@@ -51,41 +51,47 @@ int64_t threads_that_share(int64_t batch, int64_t units, int64_t numbers) {
 #endif
 }
 
+// How often one thread of a team has arrived. Each has lines of its own: a common counter would go from core to core once per thread,
+// one after the other, and take with it what lies beside it.
+struct alignas(128) Arrivals {
+  std::atomic<int64_t> count{0};
+};
+
 // One thread of a team.
 class Member {
  public:
   const int64_t index, threads;
-  Member(int64_t index, int64_t threads, std::atomic<int64_t>& arrived) : index(index), threads(threads), arrived(arrived) {}
+  Member(int64_t index, int64_t threads, Arrivals* arrivals) : index(index), threads(threads), arrivals(arrivals) {}
 
   // Until all have come here as often as this one.
   void wait() {
-    expected += threads;
-    arrived.fetch_add(1, std::memory_order_acq_rel);
-    for (int64_t spins = 0; arrived.load(std::memory_order_acquire) < expected; ++spins) {
-      if (spins > 1 << 12) std::this_thread::yield();  // one of them has lost its processor
+    arrivals[index].count.store(++expected, std::memory_order_release);
+    for (int64_t i = 0; i < threads; ++i)
+      for (int64_t spins = 0; arrivals[i].count.load(std::memory_order_acquire) < expected; ++spins) {
+        if (spins > 1 << 12) std::this_thread::yield();  // it has lost its processor
 #if defined(__x86_64__)
-      __builtin_ia32_pause();
+        __builtin_ia32_pause();
 #endif
-    }
+      }
   }
 
  private:
-  std::atomic<int64_t>& arrived;
+  Arrivals* const arrivals;
   int64_t expected = 0;
 };
 
 // Calls function(member) in each thread of a team.
 template <typename Function>
 void in_team(int64_t threads, const Function& function) {
-  std::atomic<int64_t> arrived{0};
+  std::vector<Arrivals> arrivals(threads);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
   {
-    Member member(omp_get_thread_num(), omp_get_num_threads(), arrived);
+    Member member(omp_get_thread_num(), omp_get_num_threads(), arrivals.data());
     function(member);
   }
 #else
-  Member member(0, 1, arrived);
+  Member member(0, 1, arrivals.data());
   function(member);
 #endif
 }
