@@ -138,7 +138,8 @@ _PYTHON_STEP = (22e3, 50e3)
 _NEAR = 1e5
 # Numbers of a matrix that each of the threads that share a step has at least, beside a panel of units; as in team.h.
 _SHARE = 1 << 13
-# Numbers of a matrix from which on they share the steps of so many rows per thread, as there.
+# Numbers of a matrix from which on they share the steps of a row each, and from which on of so many rows each, as there.
+_EACH = 1 << 16
 _FAR, _FAR_ROWS = 1 << 21, 4
 # Sums of a row, of which each thread keeps those of some rows: with more, chunks take less memory, and little more time.
 _LONGEST = 1 << 21
@@ -247,7 +248,8 @@ def _read(sizes: Recurrence, numbers: int, *, alone: bool = True) -> float:
 def _sharing(sizes: Recurrence, numbers: int, *, alone: bool) -> int:
     """How many threads share the steps of few rows by a matrix of so many numbers, as in loop.h."""
     threads = min(torch.get_num_threads(), -(-sizes.hidden_size // PANEL), numbers // _SHARE)
-    rows = threads * _FAR_ROWS if numbers >= _FAR else threads - alone
+    each = numbers >= _EACH and not alone
+    rows = threads * _FAR_ROWS if numbers >= _FAR else threads - (not each)
     return threads if rows >= sizes.batch else 1
 
 

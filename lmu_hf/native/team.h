@@ -20,6 +20,9 @@ namespace {
 
 // Numbers of the matrix that a thread has at least: with fewer it waits more than it saves. As in layer_costs.py.
 constexpr int64_t SHARE = 1 << 13;
+// Numbers of a matrix from which on they share the steps of as many rows as they are. Of a smaller one nothing is saved but reading,
+// and where cores are far from one another they wait longer than that takes.
+constexpr int64_t EACH = 1 << 16;
 // Numbers of a matrix that the caches of cores cannot hold: of those each thread reads its part for all of so many rows per thread,
 // rather than everything for its own.
 constexpr int64_t FAR = 1 << 21, FAR_ROWS = 4;
