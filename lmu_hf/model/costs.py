@@ -49,7 +49,7 @@ class _Factors(NamedTuple):
 _SCAN = (_Factors(152e3, 5.64, 0.0382, 0.0, 1.9), _Factors(552e3, 33.3, 0.116, 0.0, 0.0))
 _CHUNKED = (
     _Factors(184e3, 46.9e3, 0.0129, 0.1, 2.06, 0.476, 0.163, 0.0, 23.3e3),
-    _Factors(498e3, 216e3, 0.0271, 0.589, 9.25, 2.61, 0.0, 1.89, 184e3),
+    _Factors(498e3, 216e3, 0.0271, 0.589, 9.25, 3.9, 0.0, 1.89, 172e3),
 )
 _FFT = (_Factors(431e3, 0.0, 0.08, 0.51, 3.4), _Factors(780e3, 0.0, 0.244, 1.12, 7.2))
 
@@ -85,7 +85,8 @@ def memory_costs(
     elif at_rest and not compiled:
         costs["fft", 0] = _torch_transforms_cost(rows, steps, order, training=training)
     own = _CHUNKED[training]
-    for size in CHUNKS[2:]:
+    for longest in CHUNKS[2:]:
+        size = min(longest, max(steps, 1))
         chunks = -(-steps // size)
         inputs: float = order + size
         if rows < MANY_ROWS:
@@ -96,8 +97,8 @@ def memory_costs(
             inputs -= begun / steps * (inputs - (begun + size) / 2)
         work = numbers * (own.product * inputs + own.number) + own.operator * size * order * inputs * read
         work += own.signal * rows * steps + own.large * max(numbers - _LARGE, 0)
-        costs["chunked", size] = own.call + chunks * start + work
-        if size >= steps:
+        costs["chunked", longest] = own.call + chunks * start + work
+        if longest >= steps:
             break
     return costs
 
