@@ -248,10 +248,9 @@ def _read(sizes: Recurrence, numbers: int, *, alone: bool = True) -> float:
 
 
 def _sharing(sizes: Recurrence, numbers: int, *, alone: bool) -> int:
-    """How many threads share the steps of few rows by a matrix of so many numbers, as in loop.h."""
+    """How many threads share the steps of few rows by a matrix of so many numbers, as in team.h."""
     threads = min(torch.get_num_threads(), -(-sizes.hidden_size // PANEL), numbers // _SHARE)
-    each = numbers >= _EACH and not alone
-    rows = threads * _FAR_ROWS if numbers >= _FAR else threads - (not each)
+    rows = threads * _FAR_ROWS if numbers >= _FAR else threads if numbers >= _EACH and not alone else threads - 1
     return threads if rows >= sizes.batch else 1
 
 

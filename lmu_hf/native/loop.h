@@ -235,12 +235,10 @@ struct Loop {
     });
   }
 
-  // How many threads share `count` steps of such a width; 1 where each has rows of its own. What the sums are made of is worth
-  // sharing with a row for each thread too, by a large matrix; sums that lie in memory only with fewer, or if it is far away.
+  // How many threads share `count` steps of such a width; 1 where each has rows of its own.
   int64_t sharing(int64_t count, int64_t width, bool reads) const {
     const int64_t size = kept[0].features;
-    const int64_t threads = count < FEWEST || encoding ? 1 : threads_that_share(batch, size - linear, size * width);
-    return threads > batch || size * width >= (reads ? EACH : FAR) ? threads : 1;
+    return count < FEWEST || encoding ? 1 : threads_that_share(batch, size - linear, size * width, reads);
   }
   virtual void forward_shared(
       int64_t threads, int64_t first, int64_t count, const Sequence<T>& known, const Elements<T>& matrix,

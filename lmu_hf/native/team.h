@@ -42,13 +42,15 @@ int64_t processors() {
   return found;
 }
 
-// How many threads share the steps of rows by a matrix of so many numbers, for so many units; 1 where each takes its own rows.
-int64_t threads_that_share(int64_t batch, int64_t units, int64_t numbers) {
+// How many threads share the steps of rows by a matrix of so many numbers, for so many units; 1 where each takes its own rows. What
+// the sums are made of, if steps read it, is worth sharing with a row for each thread too.
+int64_t threads_that_share(int64_t batch, int64_t units, int64_t numbers, bool reads) {
 #ifdef _OPENMP
   if (at::in_parallel_region()) return 1;
   const int64_t most = std::min<int64_t>({at::get_num_threads(), processors(), (units + PANEL - 1) / PANEL});
   const int64_t threads = std::min(most, numbers / SHARE);
-  return threads * (numbers >= FAR ? FAR_ROWS : 1) >= batch ? threads : 1;
+  const int64_t rows = numbers >= FAR ? threads * FAR_ROWS : reads && numbers >= EACH ? threads : threads - 1;
+  return rows >= batch ? threads : 1;
 #else
   return 1;
 #endif
