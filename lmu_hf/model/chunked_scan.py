@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .by_system import fold_rows, fold_state, product
-from .compiled import SMALL_ORDER, add_matmul, available, gradient_of, matmul, with_rows
+from .compiled import SMALL_ORDER, add_matmul, available, empty, gradient_of, matmul, with_rows
 from .folding import ChunkOperators
 from .gates import Pointwise
 from .memory import wants_gradient
@@ -123,9 +123,9 @@ class _ChunkedScan(torch.autograd.Function):
         sizes = _Sizes(batch, steps, memory, operators, feedback=feedback)
         dims, total = sizes.dims, sizes.total
         kept = settings.cell.allocate(states, steps, backward=settings.backward)
-        starts = step.new_empty(batch, sizes.chunks, memory[0].numel())
+        starts = empty(step, batch, sizes.chunks, memory[0].numel())
         if u is None:
-            u = step.new_empty(batch, total, dims)
+            u = empty(step, batch, total, dims)
             u[:, steps:] = 0
         ctx.settings, ctx.sizes, ctx.states, ctx.feedback = settings, sizes, len(states), feedback
         ctx.device_type = step.device.type
@@ -175,7 +175,7 @@ class _ChunkedScan(torch.autograd.Function):
 
         scan = _make_scan(ctx, operators, u, states, kept)
         scan.start_backward(arriving(grad_sequences, kept))
-        grad_given = torch.empty_like(given, memory_format=torch.contiguous_format) if needed["given"] else None
+        grad_given = empty(given, *given.shape) if needed["given"] else None
         weights = {"weight": weight, "bias": bias, **operators._asdict()}
         added: dict[str, Tensor] = {}  # what the loop adds up
         if feedback and given is not None:
@@ -327,7 +327,7 @@ def _write_back(
     if "states" in grads:
         grads["states"] += product(_rows(starts, u, power).mT, by_row)
     if _step_by_step(order, u):
-        to_starts, to_u = torch.empty_like(starts, memory_format=torch.contiguous_format), u.new_empty(*by_chunk.shape[:3])
+        to_starts, to_u = empty(starts, *starts.shape), empty(u, *by_chunk.shape[:3])
         torch.ops.lmu_hf.memory_backward(grad, *_single_step(states, order), to_starts, to_u, None)
         return to_starts, to_u
     with full_float32(u):

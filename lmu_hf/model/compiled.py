@@ -3,6 +3,7 @@
 A checkpoint that carries this file along runs without them.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -18,6 +19,9 @@ MOST_NUMBERS = 1 << 18
 
 # Columns of a panel, as in products.h.
 PANEL = 16
+
+# Bytes of a tensor from which on the C library asks the system for each.
+_LARGE = 1 << 17
 
 # Multiply-adds from which a product in matrices.h is worth its call, and rows, columns and terms of one that is no thinner.
 _LARGE_PRODUCT = 1 << 19
@@ -43,7 +47,20 @@ def available(like: Tensor) -> bool:
 
 def with_rows(tensor: Tensor) -> Tensor:
     """The tensor with its last axis in one piece, as the compiled loops want sequences."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else contiguous(tensor)
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """``tensor.contiguous()`` by :func:`empty`: gradients of sums come as one number for all."""
+    return tensor if tensor.is_contiguous() else empty(tensor, *tensor.shape).copy_(tensor)
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """``like.new_empty(*shape)``. Where that is large, its memory was another's before and will be the next one's: taken from the
+    system each time, it would cost more than the loops that write it. :func:`native.release_memory` gives it back."""
+    if math.prod(shape) * like.element_size() < _LARGE or not available(like):
+        return like.new_empty(shape)
+    return torch.ops.lmu_hf.empty(shape, like.dtype)
 
 
 def panels(matrix: Tensor) -> Tensor:
@@ -58,13 +75,13 @@ def gradient_of(weight: Tensor) -> Tensor:
     whose transpose it is: autograd hands such a gradient on as it is, and rearranges others, which takes as long as some steps.
     """
     if weight.device.type == "cpu" and weight.ndim == 2 and min(weight.shape) > 1 and weight.stride() == (1, len(weight)):
-        return weight.new_empty(weight.shape[1], weight.shape[0]).mT
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+        return empty(weight, *reversed(weight.shape)).mT
+    return empty(weight, *weight.shape)
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a (M, K) @ b (K, N), into ``out`` if it is given; of no derivative."""
-    return add_matmul(a.new_empty(len(a), b.shape[1]) if out is None else out, a, b, beta=0)
+    return add_matmul(empty(a, len(a), b.shape[1]) if out is None else out, a, b, beta=0)
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor, *, beta: int = 1) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import add_matmul, gradient_of, matmul
+from .compiled import add_matmul, empty, gradient_of, matmul
 from .convolution import convolve, convolve_back
 from .gates import Pointwise
 from .memory import wants_gradient
@@ -88,7 +88,7 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     steps, width = u.shape[1], hidden_weight.shape[1]
     # Those that are added to begin with zeros; that of the largest matrix is written by its first product.
     made = {
-        "given": torch.empty_like(given, memory_format=torch.contiguous_format) if wanted["given"] else None,
+        "given": empty(given, *given.shape) if wanted["given"] else None,
         **{
             name: torch.zeros_like(tensor, memory_format=torch.contiguous_format) if wanted[name] else None
             for name, tensor in (
@@ -140,7 +140,7 @@ def _tiles(u: Tensor, width: int) -> list[slice]:
 
 def _room(sums: Tensor | None, u: Tensor, width: int) -> Tensor:
     """(B, T, G) for these rows, which the ones after them use again."""
-    return u.new_empty(*u.shape[:2], width) if sums is None else sums[: len(u)]
+    return empty(u, *u.shape[:2], width) if sums is None else sums[: len(u)]
 
 
 def _loop(cell: Pointwise, hidden_weight: Tensor, states: Any, kept: State, rows: slice) -> TimeLoop:

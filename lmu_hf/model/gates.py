@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cells import DenseCell, GRUCell, LSTMCell, RNNCell, TorchCell
-from .compiled import available
+from .compiled import available, empty
 
 
 class GateWeights(NamedTuple):
@@ -331,7 +331,7 @@ class Pointwise(NamedTuple):
         further = [multiple * (size - self.linear) for multiple in GATES[self.kind].keeps]
         whole = len(states) if not backward and available(first) else 1 + len(further)
         return tuple(
-            first.new_empty(batch, steps, features)
+            empty(first, batch, steps, features)
             if index < whole
             else first.new_empty(batch, 1, features).expand(-1, steps, -1)
             for index, features in enumerate((size, *further))

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .by_system import chain, fold_rows, fold_state, product, product_back, starts_at_once, unfold_sequence, unfold_state
-from .compiled import LARGEST_ORDER, available
+from .compiled import LARGEST_ORDER, available, contiguous, empty
 from .convolution import causal_convolution
 from .costs import MANY_ROWS, memory_algorithm, memory_chunk
 from .legendre import DelaySystem
@@ -193,7 +193,7 @@ class _Chunks(torch.autograd.Function):
     ) -> Tensor:
         scales, rows, steps = inputs.shape
         order = operator.shape[1] - size
-        states = inputs.new_empty(scales, rows, steps * order)
+        states = empty(inputs, scales, rows, steps * order)
         row = inputs.new_zeros(scales, rows, order + size)
         if memory is not None:
             row[..., :order] = memory
@@ -274,10 +274,10 @@ class _ChunksAtOnce(torch.autograd.Function):
         order = operator.shape[1] - size
         last = operator[..., -order:].contiguous()
         chunks = -(-steps // size)
-        rows = inputs.new_empty(scales, count, chunks, order + size)
+        rows = empty(inputs, scales, count, chunks, order + size)
         rows[..., order:] = F.pad(inputs, (0, chunks * size - steps)).unflatten(2, (chunks, size))
         rows[:, :, 0, :order] = 0 if memory is None else memory
-        states = inputs.new_empty(scales, count * chunks, size * order)
+        states = empty(inputs, scales, count * chunks, size * order)
         with full_float32(rows):
             if starts_at_once(rows):
                 added = (rows[:, :, :-1, order:].flatten(1, 2) @ last[:, order:]).view(scales, count, chunks - 1, order)
@@ -333,7 +333,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, memory: Tensor, Ad: Tensor, Bd: Tensor) -> Tensor:
         memory = memory.contiguous()
-        states = u.new_empty(*u.shape, Bd.shape[1])
+        states = empty(u, *u.shape, Bd.shape[1])
         torch.ops.lmu_hf.memory_forward(memory, u.contiguous(), Ad, Bd, states)
         # Only the gradient of the system, which a trained theta asks for, looks at the states again.
         trained = any(ctx.needs_input_grad[2:])
@@ -353,9 +353,9 @@ class _Scan(torch.autograd.Function):
             needed = [tensor for tensor, wanted in zip((u, memory, Ad, Bd), ctx.needs_input_grad, strict=True) if wanted]
             grads = iter(torch.autograd.grad(torch.stack(steps, dim=1), needed, grad_states, create_graph=True))
             return tuple(next(grads) if wanted else None for wanted in ctx.needs_input_grad)
-        grad_memory, grad_u = torch.empty_like(memory), torch.empty_like(u, memory_format=torch.contiguous_format)
-        arriving = torch.empty_like(states[0]) if states else None
-        torch.ops.lmu_hf.memory_backward(grad_states.contiguous(), Ad, Bd, grad_memory, grad_u, arriving)
+        grad_memory, grad_u = empty(memory, *memory.shape), empty(u, *u.shape)
+        arriving = empty(states[0], *states[0].shape) if states else None
+        torch.ops.lmu_hf.memory_backward(contiguous(grad_states), Ad, Bd, grad_memory, grad_u, arriving)
         grad_Ad = grad_Bd = None
         if arriving is not None:
             before = torch.cat([memory[:, None], states[0][:, :-1]], dim=1)

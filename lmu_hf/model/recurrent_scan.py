@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import MOST_NUMBERS, add_matmul, available, matmul, with_rows
+from .compiled import MOST_NUMBERS, add_matmul, available, contiguous, empty, matmul, with_rows
 from .gates import Pointwise
 from .memory import wants_gradient
 from .precision import full_float32
@@ -80,7 +80,7 @@ class _RecurrentScan(torch.autograd.Function):
         states = tuple(state.contiguous() for state in states)
         kept = cell.allocate(states, given.shape[1], backward=settings.backward)
         if _in_one_call(given, matrix):
-            alone = matrix.new_empty(*given.shape[:2], states[0].shape[1] - linear) if linear else None
+            alone = empty(matrix, *given.shape[:2], states[0].shape[1] - linear) if linear else None
             torch.ops.lmu_hf.recurrent_forward(*cell, given, matrix, states, kept, alone)
         else:
             scan, parts = _prepare(settings, matrix, states, kept)
@@ -109,11 +109,11 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     states, kept, settings = tuple(rest[: ctx.states]), tuple(rest[ctx.states :]), ctx.settings
     wants_given, wants_matrix = ctx.needs_input_grad[1:3]
     arrived = arriving(_joined(grads, ctx.states, settings.cell.linear), kept)
-    grad_given = torch.empty_like(given, memory_format=torch.contiguous_format) if wants_given else None
-    grad_matrix = torch.empty_like(matrix, memory_format=torch.contiguous_format) if wants_matrix else None
+    grad_given = empty(given, *given.shape) if wants_given else None
+    grad_matrix = empty(matrix, *matrix.shape) if wants_matrix else None
     if _in_one_call(given, matrix):
         carries = [torch.zeros_like(state) for state in states]
-        outer = [grad.contiguous() for grad in arrived]
+        outer = [contiguous(grad) for grad in arrived]
         ways = (outer, carries[0], carries[-1], grad_given, grad_matrix)
         torch.ops.lmu_hf.recurrent_backward(*settings.cell, given, matrix, states, kept, *ways)
         return grad_given, grad_matrix, *carries

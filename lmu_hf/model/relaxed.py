@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import MOST_NUMBERS, PANEL, add_matmul, available, with_rows
+from .compiled import MOST_NUMBERS, PANEL, add_matmul, available, empty, with_rows
 from .folding import below
 from .gates import Pointwise
 from .memory import wants_gradient
@@ -78,7 +78,7 @@ class _RelaxedScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: _Settings, *inputs: Any) -> tuple[Tensor, ...]:
         given, weight, bias, kernel, hidden_weight, *states = inputs
-        u = given.new_empty(*given.shape[:2], len(kernel))
+        u = empty(given, *given.shape[:2], len(kernel))
         kept = settings.cell.allocate(tuple(states), u.shape[1], backward=settings.backward)
         given = with_rows(given)
         loop, spectra = _prepare(settings, kernel, hidden_weight, u, tuple(states), kept)
@@ -97,7 +97,7 @@ class _RelaxedScan(torch.autograd.Function):
         loop, spectra = _prepare(ctx.settings, kernel, hidden_weight, u, states, kept)
         loop.start_backward(arriving(grads, kept))
         to_u = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
-        to_given = torch.empty_like(given, memory_format=torch.contiguous_format) if wants_given else None
+        to_given = empty(given, *given.shape) if wants_given else None
         to_kernel = torch.zeros_like(kernel, memory_format=torch.contiguous_format) if wants_kernel else None
         # Of the u of the block so far, h, inputs and 1, one below the other.
         rows = [len(loop.step) - len(hidden_weight), len(hidden_weight), len(weight), int(bias is not None)]
@@ -107,7 +107,7 @@ class _RelaxedScan(torch.autograd.Function):
         matrix: Tensor | None
         if wanted and math.prod(shape) > MOST_NUMBERS:
             # Each thread would have one of its own: it is made by products instead. Transposed, as large parameters come.
-            matrix = kernel.new_empty(*reversed(shape)).mT
+            matrix = empty(kernel, *reversed(shape)).mT
             for first, grad in _tiles(u, shape[1], loop.chunk):
                 loop.relaxed_backward(*ways, None, to_kernel, first, grad)
                 _add_gradients(matrix, grad, first, given, u, states[0], kept[0], loop.chunk)
@@ -147,7 +147,7 @@ def _tiles(u: Tensor, width: int, block: int) -> Iterator[tuple[int, Tensor]]:
     batch, steps = u.shape[:2]
     whole, stride = -(-steps // block) * block, -(-width // PANEL) * PANEL
     count = -(-batch * whole * stride // _NUMBERS)
-    room = u.new_empty(-(-batch // count), whole, stride)
+    room = empty(u, -(-batch // count), whole, stride)
     room[:, steps:] = 0
     room[..., width:] = 0  # vectors reach there
     for first in range(0, batch, len(room)):

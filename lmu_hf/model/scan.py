@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import MOST_NUMBERS, available, panels
+from .compiled import MOST_NUMBERS, available, contiguous, panels
 from .folding import ChunkOperators
 from .gates import GATES
 from .precision import full_float32
@@ -224,7 +224,7 @@ class CompiledScan(TimeLoop):
         return memory
 
     def start_backward(self, grads: State) -> None:
-        self.grads = [grad.contiguous() for grad in grads]
+        self.grads = [contiguous(grad) for grad in grads]
         of_u, of_hidden = self.step.tensor_split([len(self.step) - self.states[0].shape[1]])
         self.transposed = (panels(of_hidden.mT), panels(of_u.mT))
         self.carries = [torch.zeros_like(state) for state in self.states]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import add_matmul, matmul
+from .compiled import add_matmul, empty, matmul
 from .time_loop import State
 
 
@@ -28,7 +28,7 @@ class Scratch:
         size = math.prod(shape)
         part = self.parts.get(name)
         if part is None or part.numel() < size:
-            part = self.parts[name] = self.like.new_empty(size)
+            part = self.parts[name] = empty(self.like, size)
         return part[:size].view(shape)
 
 

@@ -7,6 +7,7 @@
 
 #include <torch/library.h>
 
+#include "allocator.h"
 #include "convolution.h"
 #include "feedback.h"
 #include "folded.h"
@@ -91,6 +92,9 @@ TORCH_LIBRARY(lmu_hf, library) {
       "Tensor[] spectra, Tensor[] states, Tensor[] kept, Tensor[] grads, Tensor u, Tensor(a!) grad_u, Tensor(b!) carry, "
       "Tensor(c!) carried, Tensor(d!)? grad_given, Tensor(e!)? grad_matrix, Tensor(f!)? grad_kernel, int first_row, "
       "Tensor(g!)? grad_sums) -> ()");
+  // A tensor on the CPU, not initialised, whose memory is kept for the next one; and what gives all that is kept to the system.
+  library.def("empty(int[] shape, ScalarType dtype) -> Tensor", &empty);
+  library.def("release_memory() -> ()", &release_memory);
   // A matrix (.., K, W) cut into panels of columns: (.., P, K, 16).
   library.def("panels(Tensor matrix) -> Tensor");
   // total (M, N), of contiguous rows or columns, = a (M, K) @ b (K, N), added to what is there if it is kept; whether that is faster
