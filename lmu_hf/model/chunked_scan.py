@@ -20,8 +20,9 @@ from .folding import ChunkOperators
 from .gates import Pointwise
 from .memory import wants_gradient
 from .precision import full_float32
+from .ragged import Trajectory
 from .scan import scan_class
-from .scratch import Scratch, add_step_gradient, arriving, before_each, first_derivative, known_sums, of_steps
+from .scratch import Scratch, add_step_gradient, after_last, arriving, before_each, first_derivative, known_sums, of_steps
 from .time_loop import Encoding, State, TimeLoop, send_back, start_all
 
 # A segment has about this many rows, chunks times batch, for its products to run at full speed, but no more numbers in its
@@ -45,7 +46,7 @@ def chunked_scan(
     steps: int,
     *,
     activation: str = "linear",
-) -> tuple[Tensor | None, Tensor, State]:
+) -> tuple[Tensor | None, Tensor, Trajectory]:
     """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
 
     Args:
@@ -61,12 +62,12 @@ def chunked_scan(
         activation: of u, with ``operators.encoder``; a key of ``GATES``.
 
     Returns:
-        u (B, K * C, D), zero past T, where it is computed here; the memory at the start of each chunk (B, K, D * N); and each
-        state tensor after every step (B, T, H).
+        u (B, K * C, D), zero past T, where it is computed here; the memory at the start of each chunk (B, K, D * N); and the
+        hidden states.
     """
     inputs = (None if given is None else with_rows(given), weight, bias, u, memory, *operators, *states)
-    u, starts, *sequences = _ChunkedScan.apply(_Settings(cell, steps, activation, wants_gradient(*inputs)), *inputs)
-    return u, starts, tuple(sequences)
+    u, starts, *results = _ChunkedScan.apply(_Settings(cell, steps, activation, wants_gradient(*inputs)), *inputs)
+    return u, starts, Trajectory.of(results, len(states))
 
 
 class _Settings(NamedTuple):
@@ -157,11 +158,12 @@ class _ChunkedScan(torch.autograd.Function):
         saved = (given, weight, bias, u, starts, *operators, *states, *kept)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        return (u if feedback else None), starts, *kept[: len(states)]
+        sequences = kept[: len(states)]
+        return (u if feedback else None), starts, *sequences, *after_last(sequences)
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, grad_u: Tensor | None, grad_starts: Tensor | None, *grad_sequences: Tensor | None) -> tuple:
+    def backward(ctx: Any, grad_u: Tensor | None, grad_starts: Tensor | None, *grad_states: Tensor | None) -> tuple:
         given, weight, bias, u, starts, *rest = ctx.saved_tensors
         operators, tensors, rest = ChunkOperators(*rest[:_OPERATORS]), rest[:_OPERATORS], rest[_OPERATORS:]
         states, kept = tuple(rest[: ctx.states]), tuple(rest[ctx.states :])
@@ -174,7 +176,7 @@ class _ChunkedScan(torch.autograd.Function):
         batch, width = states[0].shape[0], step.shape[1]
 
         scan = _make_scan(ctx, operators, u, states, kept)
-        scan.start_backward(arriving(grad_sequences, kept))
+        scan.start_backward(arriving(grad_states, states, kept), grad_states[len(states) :])
         grad_given = empty(given, *given.shape) if needed["given"] else None
         weights = {"weight": weight, "bias": bias, **operators._asdict()}
         added: dict[str, Tensor] = {}  # what the loop adds up

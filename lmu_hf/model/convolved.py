@@ -16,8 +16,9 @@ from .compiled import add_matmul, empty, gradient_of, matmul
 from .convolution import convolve, convolve_back
 from .gates import Pointwise
 from .memory import wants_gradient
+from .ragged import Trajectory
 from .scan import scan_class
-from .scratch import arriving, first_derivative, known_sums
+from .scratch import after_last, arriving, first_derivative, known_sums
 from .time_loop import State, TimeLoop
 
 # Numbers of the sums of some rows, which a cache that threads share is to hold. But rows enough for full products, or, where that
@@ -35,7 +36,7 @@ def convolved_scan(
     kernel: Tensor,
     hidden_weight: Tensor,
     states: State,
-) -> State:
+) -> Trajectory:
     """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
 
     Args:
@@ -49,10 +50,10 @@ def convolved_scan(
         states: hidden state tensors before the first step, (B, H) each.
 
     Returns:
-        Each state tensor after every step (B, T, H).
+        The hidden states.
     """
     inputs = (given, weight, bias, u, kernel, hidden_weight, *states)
-    return _ConvolvedScan.apply(cell, wants_gradient(*inputs), *inputs)
+    return Trajectory.of(_ConvolvedScan.apply(cell, wants_gradient(*inputs), *inputs), len(states))
 
 
 class _ConvolvedScan(torch.autograd.Function):
@@ -72,7 +73,7 @@ class _ConvolvedScan(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *kept)
         ctx.cell, ctx.inputs, ctx.states, ctx.device_type = cell, len(inputs), len(states), u.device.type
         ctx.set_materialize_grads(False)
-        return kept[: len(states)]
+        return *(sequences := kept[: len(states)]), *after_last(sequences)
 
     @staticmethod
     @first_derivative
@@ -107,7 +108,7 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
         sums = _room(sums, u[rows], width)
         loop = _loop(ctx.cell, hidden_weight, states, kept, rows)
         of_rows = tuple(None if grad is None else grad[rows] for grad in grads)
-        loop.start_backward(arriving(of_rows, tuple(tensor[rows] for tensor in kept)))
+        loop.start_backward(arriving(of_rows, states, tuple(tensor[rows] for tensor in kept)), of_rows[len(states) :])
         loop.backward(0, steps, sums[..., :0], sums)
         of_states.append(loop.initial_gradients())
         flat = sums.view(-1, width)

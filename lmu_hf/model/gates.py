@@ -7,6 +7,7 @@ per step; :mod:`lookahead` does both. A step is described by a :class:`Gates` ob
 Shapes: B batch, T time, H hidden size, G gate width (a multiple of H).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -128,8 +129,9 @@ class Gates:
         """Gradients of ``states``, given that of the first through the gates; after the last :meth:`back`."""
         return (carry,)
 
-    def load_gradients(self, grads: tuple[Tensor, ...]) -> None:
-        """Receives the gradients of the state sequences; that of the output comes step by step through ``back`` instead."""
+    def load_gradients(self, grads: Sequence[Tensor], last: Sequence[Tensor]) -> None:
+        """Receives the gradients of all states but the output, whose own come step by step through ``back``: of their sequences,
+        and of what these end with."""
 
     @staticmethod
     def activation(gates: Tensor, out: Tensor) -> None:
@@ -203,9 +205,8 @@ class _LSTM(Gates):
         torch.tanh(cell, out=output)
         return output.mul_(o)
 
-    def load_gradients(self, grads: tuple[Tensor, ...]) -> None:
-        self.grad_cells = grads[1]
-        self.grad_cell = torch.zeros_like(self.states[1])
+    def load_gradients(self, grads: Sequence[Tensor], last: Sequence[Tensor]) -> None:
+        self.grad_cells, self.grad_cell = grads[0], last[0]
 
     def back(self, t: int, grad: Tensor, grad_gates: Tensor) -> Tensor | None:
         assert self.grad_cell is not None
@@ -305,8 +306,8 @@ class _MemoryAndGates(Gates):
     def initial_gradients(self, carry: Tensor) -> tuple[Tensor, ...]:
         return (carry, *self.gates.initial_gradients(carry[:, self.linear :])[1:])
 
-    def load_gradients(self, grads: tuple[Tensor, ...]) -> None:
-        self.gates.load_gradients((grads[0][..., self.linear :], *grads[1:]))
+    def load_gradients(self, grads: Sequence[Tensor], last: Sequence[Tensor]) -> None:
+        self.gates.load_gradients(grads, last)
 
 
 class Pointwise(NamedTuple):

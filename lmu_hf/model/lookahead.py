@@ -38,7 +38,7 @@ from .gates import GateWeights, Pointwise
 from .layer_costs import Recurrence, lookahead_chunk
 from .legendre import DelaySystem
 from .memory import linear_memory, measured
-from .ragged import final_states, output_of
+from .ragged import Trajectory
 from .relaxed import relaxed_scan
 from .state import Dropout, LMUState
 
@@ -68,12 +68,12 @@ def lookahead_recurrence(
     Computes in float32 or better. Its gradient cannot be differentiated again.
     """
     with torch.autocast(x.device.type, enabled=False):
-        u, starts, sequences = _run(cell, x, state.memory, state.hidden, weights, system, dropout, chunk)
-        output = output_of(sequences, lengths, return_sequence).to(x.dtype)
+        u, starts, states = _run(cell, x, state.memory, state.hidden, weights, system, dropout, chunk)
+        output = states.output(lengths, return_sequence).to(x.dtype)
         if not return_state:
             return output, None
         memory = final_memory(u, starts, system, x.shape[1], lengths)
-        return output, LMUState(memory, final_states(sequences, state.hidden, lengths))
+        return output, LMUState(memory, states.final(state.hidden, lengths))
 
 
 def relaxed_recurrence(
@@ -101,12 +101,12 @@ def relaxed_recurrence(
         dtype = own.x.dtype
         kernel = by_dimension(system.impulse_response(x.shape[1] - 1, dtype, x.device), own.to_sums)
         before = tuple(part.to(dtype) for part in state.hidden)
-        u, sequences = relaxed_scan(own.cell, own.x, own.weight, own.bias, kernel, own.hidden, before, block)
-        output = output_of(sequences, lengths, return_sequence).to(x.dtype)
+        u, states = relaxed_scan(own.cell, own.x, own.weight, own.bias, kernel, own.hidden, before, block)
+        output = states.output(lengths, return_sequence).to(x.dtype)
         if not return_state:
             return output, None
         memory = linear_memory(u, system, None, lengths, return_sequence=False)[1]
-        return output, LMUState(memory, final_states(sequences, state.hidden, lengths))
+        return output, LMUState(memory, states.final(state.hidden, lengths))
 
 
 def lookahead_input(
@@ -179,17 +179,17 @@ def _run(
     system: DelaySystem,
     dropout: Dropout,
     chunk: int,
-) -> tuple[Tensor, Tensor, State]:
-    """Returns u (B, K * C, D), the memory at the start of each chunk (B, K, D * N), and the state sequences (B, T, H)."""
+) -> tuple[Tensor, Tensor, Trajectory]:
+    """Returns u (B, K * C, D), the memory at the start of each chunk (B, K, D * N), and the hidden states."""
     own = _Feedback.of(cell, x, weights, system, dropout)
     operators = feedback_operators(own.to_sums, own.hidden, system, chunk)
     operators = operators._replace(encoder=own.encoder, direct=own.direct, mask=own.mask)
     dtype = own.x.dtype
     start = (None, memory.to(dtype), operators, tuple(part.to(dtype) for part in hidden), x.shape[1])
-    u, starts, sequences = chunked_scan(own.cell, own.x, own.weight, own.bias, *start, activation=cell.encoder_act)
+    u, starts, states = chunked_scan(own.cell, own.x, own.weight, own.bias, *start, activation=cell.encoder_act)
     assert u is not None
     assert starts is not None
-    return u, starts, sequences
+    return u, starts, states
 
 
 def encodes_first(cell: LMUCell, dropout: Dropout) -> bool:

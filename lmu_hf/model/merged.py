@@ -64,12 +64,16 @@ def merged_recurrence(
         start = torch.cat([state.memory.to(dtype).flatten(1), state.hidden[0].to(dtype)], dim=1)
         states = (start, *(part.to(dtype) for part in state.hidden[1:]))
         cells = Pointwise(weights.kind, linear)
-        *sequences, hidden = recurrent_scan(cells, given.to(dtype), matrix, states, constant=constant)
-    output = (blank(hidden, lengths) if return_sequence else last_valid(hidden, lengths)).to(x.dtype)
+        alone = return_sequence or lengths is not None
+        ran = recurrent_scan(cells, given.to(dtype), matrix, states, constant=constant, alone=alone)
+    if alone:
+        output = (blank if return_sequence else last_valid)(ran.each[-1], lengths)
+    else:
+        output = ran.last[0][:, linear:].contiguous()
+    output = output.to(x.dtype)
     if not return_state:
         return output, None
-    last = tuple(last_valid(sequence, lengths) for sequence in sequences)
-    final = [where_started(new, old, lengths) for new, old in zip(last, states, strict=True)]
+    final = [where_started(ran.end(index, lengths), old, lengths) for index, old in enumerate(states)]
     # Of their own, as states are saved.
     memory, first = (part.clone(memory_format=torch.contiguous_format) for part in final[0].tensor_split([linear], dim=1))
     after = (part.to(old.dtype) for part, old in zip((first, *final[1:]), state.hidden, strict=True))

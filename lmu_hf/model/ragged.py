@@ -4,6 +4,7 @@ With the padding behind the last valid step nothing that runs forward in time ca
 length", makes every algorithm exact for padding on the left, on the right and in between.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -122,12 +123,31 @@ def _like(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(*values.shape, *[1] * (x.ndim - values.ndim))
 
 
-def output_of(sequences: tuple[Tensor, ...], lengths: Tensor | None, return_sequence: bool) -> Tensor:
-    """The output of a cell whose states after each step are these (B, T, H): of all steps, or of each row's last one (B, H)."""
-    return blank(sequences[0], lengths) if return_sequence else last_valid(sequences[0], lengths)
+class Trajectory(NamedTuple):
+    """The state tensors of a run.
 
+    Attributes:
+        each: after each step (B, T, H).
+        last: after the last step (B, H), so that a gradient that reaches only these need not be filled up to one of all steps.
+    """
 
-def final_states(sequences: tuple[Tensor, ...], before: tuple[Tensor, ...], lengths: Tensor | None) -> tuple[Tensor, ...]:
-    """Each state (B, H) after a row's last step, or before the first of a row without any; in the dtype of those before."""
-    last = (last_valid(sequence, lengths) for sequence in sequences)
-    return tuple(where_started(new, old, lengths).to(old.dtype) for new, old in zip(last, before, strict=True))
+    each: tuple[Tensor, ...]
+    last: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], states: int) -> "Trajectory":
+        """From a list that ends with what is after the last step."""
+        return cls(tuple(tensors[:-states]), tuple(tensors[-states:]))
+
+    def end(self, index: int, lengths: Tensor | None) -> Tensor:
+        """The state tensor with this index (B, H) after each row's last valid step; zeros for a row without any."""
+        return self.last[index] if lengths is None else last_valid(self.each[index], lengths)
+
+    def output(self, lengths: Tensor | None, return_sequence: bool) -> Tensor:
+        """The first state, as the output of a cell: of all steps, or of each row's last one (B, H)."""
+        return blank(self.each[0], lengths) if return_sequence else self.end(0, lengths)
+
+    def final(self, before: tuple[Tensor, ...], lengths: Tensor | None) -> tuple[Tensor, ...]:
+        """Each state (B, H) after a row's last step, or ``before`` the first of a row without any; in the dtype of those."""
+        pairs = ((self.end(index, lengths), old) for index, old in enumerate(before))
+        return tuple(where_started(new, old, lengths).to(old.dtype) for new, old in pairs)

@@ -23,9 +23,10 @@ from .compiled import MOST_NUMBERS, add_matmul, available, contiguous, empty, ma
 from .gates import Pointwise
 from .memory import wants_gradient
 from .precision import full_float32
+from .ragged import Trajectory
 from .scan import scan_class
-from .scratch import Scratch, arriving, before_each, first_derivative, known_sums
-from .time_loop import State, TimeLoop
+from .scratch import Scratch, after_last, arriving, before_each, first_derivative, known_sums
+from .time_loop import State, TimeLoop, carried
 
 # A segment has about so many rows, steps times batch, for its products to run at full speed, but no more numbers than stay in the
 # cache; on CUDA what counts is how few kernels are launched.
@@ -33,7 +34,9 @@ _ROWS, _NUMBERS = 1 << 13, 1 << 20
 _ROWS_CUDA, _NUMBERS_CUDA = 1 << 20, 1 << 25
 
 
-def recurrent_scan(cell: Pointwise, given: Tensor, matrix: Tensor, states: State, *, constant: bool = False) -> State:
+def recurrent_scan(
+    cell: Pointwise, given: Tensor, matrix: Tensor, states: State, *, constant: bool = False, alone: bool = True
+) -> Trajectory:
     """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
 
     Args:
@@ -43,13 +46,15 @@ def recurrent_scan(cell: Pointwise, given: Tensor, matrix: Tensor, states: State
         matrix: M (H [+ I [+ 1]], W).
         states: hidden state tensors before the first step; the first is (B, H).
         constant: the last row of ``matrix`` is a bias, behind those for x.
+        alone: where the first state is [m, h], h of each step is wanted by itself.
 
     Returns:
-        Each state tensor after every step (B, T, H). Where the first is [m, h], h alone comes once more after them, so that its
-        gradient need not be filled up to that of [m, h].
+        The states. With ``alone`` h comes once more after those of each step, so that its gradient need not be filled up to that
+        of [m, h].
     """
     given = with_rows(given)
-    return _RecurrentScan.apply(_Settings(cell, constant, wants_gradient(given, matrix, *states)), given, matrix, *states)
+    settings = _Settings(cell, constant, alone and cell.linear > 0, wants_gradient(given, matrix, *states))
+    return Trajectory.of(_RecurrentScan.apply(settings, given, matrix, *states), len(states))
 
 
 class _Settings(NamedTuple):
@@ -57,6 +62,7 @@ class _Settings(NamedTuple):
 
     cell: Pointwise
     constant: bool
+    alone: bool
     backward: bool
 
 
@@ -80,7 +86,7 @@ class _RecurrentScan(torch.autograd.Function):
         states = tuple(state.contiguous() for state in states)
         kept = cell.allocate(states, given.shape[1], backward=settings.backward)
         if _in_one_call(given, matrix):
-            alone = empty(matrix, *given.shape[:2], states[0].shape[1] - linear) if linear else None
+            alone = empty(matrix, *given.shape[:2], states[0].shape[1] - linear) if settings.alone else None
             torch.ops.lmu_hf.recurrent_forward(*cell, given, matrix, states, kept, alone)
         else:
             scan, parts = _prepare(settings, matrix, states, kept)
@@ -92,11 +98,12 @@ class _RecurrentScan(torch.autograd.Function):
                     with full_float32(matrix) if linear else nullcontext():  # then it is part of the memory
                         part = known_sums(part, parts.weight, parts.bias, known)
                 scan.forward(first, length, part, part[..., :0])
-            alone = kept[0][..., linear:].clone(memory_format=torch.contiguous_format) if linear else None
+            alone = kept[0][..., linear:].clone(memory_format=torch.contiguous_format) if settings.alone else None
         ctx.save_for_backward(given, matrix, *states, *kept)
         ctx.settings, ctx.states, ctx.device_type = settings, len(states), matrix.device.type
         ctx.set_materialize_grads(False)
-        return *kept[: len(states)], *(() if alone is None else (alone,))
+        sequences = kept[: len(states)]
+        return *sequences, *(() if alone is None else (alone,)), *after_last(sequences)
 
     @staticmethod
     @first_derivative
@@ -108,17 +115,18 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     given, matrix, *rest = ctx.saved_tensors
     states, kept, settings = tuple(rest[: ctx.states]), tuple(rest[ctx.states :]), ctx.settings
     wants_given, wants_matrix = ctx.needs_input_grad[1:3]
-    arrived = arriving(_joined(grads, ctx.states, settings.cell.linear), kept)
+    arrived = arriving(_joined(grads[: -len(states)], settings), states, kept)
+    last = grads[-len(states) :]
     grad_given = empty(given, *given.shape) if wants_given else None
     grad_matrix = empty(matrix, *matrix.shape) if wants_matrix else None
     if _in_one_call(given, matrix):
-        carries = [torch.zeros_like(state) for state in states]
+        carries = carried(last, states)
         outer = [contiguous(grad) for grad in arrived]
         ways = (outer, carries[0], carries[-1], grad_given, grad_matrix)
         torch.ops.lmu_hf.recurrent_backward(*settings.cell, given, matrix, states, kept, *ways)
         return grad_given, grad_matrix, *carries
     scan, parts = _prepare(settings, matrix, states, kept)
-    scan.start_backward(arrived)
+    scan.start_backward(arrived, last)
     made = None if grad_matrix is None else _Parts.of(grad_matrix, states[0].shape[1], constant=settings.constant)
     scratch, width = Scratch(matrix), matrix.shape[1]
     segments = _segments(given, width)
@@ -163,10 +171,12 @@ def _segments(given: Tensor, width: int) -> list[tuple[int, int]]:
     return [(first, min(longest, steps - first)) for first in range(0, steps, longest)]
 
 
-def _joined(grads: tuple[Tensor | None, ...], states: int, linear: int) -> tuple[Tensor | None, ...]:
+def _joined(grads: tuple[Tensor | None, ...], settings: _Settings) -> tuple[Tensor | None, ...]:
     """The gradients of the states alone: where the first is [m, h], with that of h, which came once more."""
-    first, alone = grads[0], grads[states] if linear else None
+    if not settings.alone:
+        return grads
+    first, *others, alone = grads
     if alone is not None:
         # m may be left out: nothing reaches it then.
-        first = alone if first is None else first + F.pad(alone, (linear, 0))
-    return first, *grads[1:states]
+        first = alone if first is None else first + F.pad(alone, (settings.cell.linear, 0))
+    return first, *others

@@ -27,8 +27,9 @@ from .compiled import MOST_NUMBERS, PANEL, add_matmul, available, empty, with_ro
 from .folding import below
 from .gates import Pointwise
 from .memory import wants_gradient
+from .ragged import Trajectory
 from .scan import CompiledScan
-from .scratch import add_step_gradient, arriving, before_each, first_derivative, of_steps
+from .scratch import add_step_gradient, after_last, arriving, before_each, first_derivative, of_steps
 from .time_loop import State
 
 # Numbers of the gradients of the sums of some rows that are kept for products: 128 MiB in float32.
@@ -44,7 +45,7 @@ def relaxed_scan(
     hidden_weight: Tensor,
     states: State,
     block: int,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, Trajectory]:
     """Runs the recurrence from an empty memory on. All tensors have one dtype, float32 or float64; there is no second derivative.
 
     Args:
@@ -58,12 +59,12 @@ def relaxed_scan(
         block: C, see :func:`convolution.block_size`.
 
     Returns:
-        u (B, T, D), and each state tensor after every step (B, T, H).
+        u (B, T, D), and the hidden states.
     """
     assert available(given)
     inputs = (given, weight, bias, kernel, hidden_weight, *states)
-    u, *sequences = _RelaxedScan.apply(_Settings(cell, block, wants_gradient(*inputs)), *inputs)
-    return u, tuple(sequences)
+    u, *results = _RelaxedScan.apply(_Settings(cell, block, wants_gradient(*inputs)), *inputs)
+    return u, Trajectory.of(results, len(states))
 
 
 class _Settings(NamedTuple):
@@ -86,7 +87,7 @@ class _RelaxedScan(torch.autograd.Function):
         ctx.save_for_backward(given, *inputs[1:], u, *kept)
         ctx.settings, ctx.states, ctx.device_type = settings, len(states), u.device.type
         ctx.set_materialize_grads(False)
-        return u, *kept[: len(states)]
+        return u, *(sequences := kept[: len(states)]), *after_last(sequences)
 
     @staticmethod
     @first_derivative
@@ -95,7 +96,7 @@ class _RelaxedScan(torch.autograd.Function):
         states, u, kept = tuple(rest[: ctx.states]), rest[ctx.states], tuple(rest[ctx.states + 1 :])
         wants_given, wants_weight, wants_bias, wants_kernel, wants_hidden, *_ = ctx.needs_input_grad[1:]
         loop, spectra = _prepare(ctx.settings, kernel, hidden_weight, u, states, kept)
-        loop.start_backward(arriving(grads, kept))
+        loop.start_backward(arriving(grads, states, kept), grads[len(states) :])
         to_u = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
         to_given = empty(given, *given.shape) if wants_given else None
         to_kernel = torch.zeros_like(kernel, memory_format=torch.contiguous_format) if wants_kernel else None

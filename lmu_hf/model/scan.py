@@ -11,6 +11,7 @@ checkpoint that carries this file along runs without either.
 """
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property
 from typing import Any
@@ -22,7 +23,7 @@ from .compiled import MOST_NUMBERS, available, contiguous, panels
 from .folding import ChunkOperators
 from .gates import GATES
 from .precision import full_float32
-from .time_loop import State, TimeLoop, with_zeros
+from .time_loop import State, TimeLoop, carried, with_zeros
 
 
 class NaiveScan(TimeLoop):
@@ -60,10 +61,10 @@ class NaiveScan(TimeLoop):
         u[:, first : first + count] = row[:, : count * dims].unflatten(1, (count, dims))
         self.output = output
 
-    def start_backward(self, grads: State) -> None:
+    def start_backward(self, grads: State, last: Sequence[Tensor | None]) -> None:
         self.grads = with_zeros(grads, self.states)
-        self.gates.load_gradients(self.grads)
-        self.carry = torch.zeros_like(self.output)
+        self.carry, *others = carried(last, self.states)
+        self.gates.load_gradients(self.grads[1:], others)
         self.matrices = [matrix.mT for matrix in self.matrices]
 
     def backward(self, first: int, count: int, grad_u: Tensor, grad_sums: Tensor) -> None:
@@ -223,11 +224,11 @@ class CompiledScan(TimeLoop):
         )
         return memory
 
-    def start_backward(self, grads: State) -> None:
+    def start_backward(self, grads: State, last: Sequence[Tensor | None]) -> None:
         self.grads = [contiguous(grad) for grad in grads]
         of_u, of_hidden = self.step.tensor_split([len(self.step) - self.states[0].shape[1]])
         self.transposed = (panels(of_hidden.mT), panels(of_u.mT))
-        self.carries = [torch.zeros_like(state) for state in self.states]
+        self.carries = carried(last, self.states)
 
     def folded_backward(
         self, first: int, count: int, grad_sums: Tensor, to_starts: Tensor, operators: ChunkOperators

@@ -5,7 +5,7 @@ Names: B batch, T time, L steps of a segment, I inputs, W width of a step's sums
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -96,6 +96,13 @@ def add_step_gradient(total: Tensor, grad: Tensor, u: Tensor | None, before: Ten
     add_matmul(total[:of_u], lags.mT, grad, beta=beta)
 
 
-def arriving(grads: tuple[Tensor | None, ...], sequences: State) -> State:
-    """What :meth:`TimeLoop.start_backward` receives: of no features where there is no gradient."""
-    return tuple(state[..., :0] if grad is None else grad for grad, state in zip(grads, sequences, strict=False))
+def after_last(sequences: State) -> State:
+    """What state sequences (B, T, H) end with, (B, H) each: copies, as whoever keeps a state must not keep the sequence."""
+    return tuple(sequence[:, -1].clone() for sequence in sequences)
+
+
+def arriving(grads: Sequence[Tensor | None], states: Sequence[Tensor], sequences: State) -> State:
+    """The gradients of the sequences of these states as :meth:`TimeLoop.start_backward` receives them: of no features where there
+    is none."""
+    pairs = zip(grads[: len(states)], sequences, strict=False)
+    return tuple(sequence[..., :0] if grad is None else grad for grad, sequence in pairs)

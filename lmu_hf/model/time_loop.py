@@ -5,6 +5,7 @@ other, as each starts where the last one ended; here is the loop over them, forw
 whole segment in one call instead: with few rows the calls that surround the steps of a chunk would take longer than the steps.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,11 +89,13 @@ class TimeLoop:
         """
         raise NotImplementedError
 
-    def start_backward(self, grads: State) -> None:
-        """Receives the gradients of the state sequences (B, T, H) each, before the first call of :meth:`backward`.
+    def start_backward(self, grads: State, last: Sequence[Tensor | None]) -> None:
+        """Receives what reaches the states from outside, before the first call of :meth:`backward`.
 
-        Their first features may be missing, which says that nothing reaches these: all, or those of m where the first state is
-        [m, h].
+        Args:
+            grads: gradients of the state sequences, (B, T, H) each. Their first features may be missing, which says that nothing
+                reaches these: all, or those of m where the first state is [m, h].
+            last: gradients of the states after the last step, (B, H) each, or None; see :func:`carried`.
         """
         raise NotImplementedError
 
@@ -300,6 +303,14 @@ def with_zeros(grads: State, states: State) -> State:
     """The gradients of :meth:`TimeLoop.start_backward`, with zeros for the features that are missing."""
     pairs = ((grad, state.shape[1] - grad.shape[2]) for grad, state in zip(grads, states, strict=True))
     return tuple(F.pad(grad, (missing, 0)) if missing else grad for grad, missing in pairs)
+
+
+def carried(last: Sequence[Tensor | None], states: Sequence[Tensor]) -> list[Tensor]:
+    """What a backward pass begins with: the gradients of the states after the last step, or zeros. It may write to them."""
+    return [
+        torch.zeros_like(state) if grad is None else grad.clone(memory_format=torch.contiguous_format)
+        for grad, state in zip(last, states, strict=True)
+    ]
 
 
 def advance(memory: Tensor, u: Tensor, operators: ChunkOperators) -> Tensor:

@@ -35,7 +35,7 @@ except ImportError:
     raise
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -45,7 +45,7 @@ from torch import Tensor
 
 from .folding import ChunkOperators
 from .gates import Pointwise
-from .time_loop import State, TimeLoop, with_zeros
+from .time_loop import State, TimeLoop, carried, with_zeros
 from .triton_held import held_backward_kernel, held_forward_kernel, held_sizes, holds, with_history
 from .triton_parts import ALIGNED, backward_sizes, block_sizes, memory_sizes, processors, rows_per_program, takes_memory
 from .triton_segment import SPLITS, segment_backward_kernel, segment_backward_sizes, segment_forward_kernel, segment_sizes
@@ -146,10 +146,12 @@ class TritonScan(TimeLoop):
         of_gates = matrix[:, self.dims :]
         return _filled_up(of_gates.unflatten(1, (-1, size)) if size else of_gates.unsqueeze(1))
 
-    def start_backward(self, grads: State) -> None:
+    def start_backward(self, grads: State, last: Sequence[Tensor | None]) -> None:
         self.grads = [grad.contiguous() for grad in with_zeros(grads, self.states)]
-        self.carry = torch.zeros_like(self.states[0])
+        self.carry, *others = carried(last, self.states)
         self.backwards = self.set_up_backward()
+        if others:  # the step after the last one would have left them here
+            self.carried[self.steps % 2] = others[0]
 
     def set_up_backward(self) -> dict[str, Tensor]:
         """Returns the matrices as the kernel of this direction takes them, and changes what it is compiled with."""

@@ -19,7 +19,7 @@ from .folding import ChunkOperators, by_dimension, final_memory, input_operators
 from .gates import GateWeights, Pointwise
 from .legendre import DelaySystem
 from .memory import linear_memory
-from .ragged import blank, final_states, output_of
+from .ragged import blank
 from .recurrent_scan import recurrent_scan
 from .state import LMUState
 
@@ -65,13 +65,13 @@ def uncoupled_recurrence(
         given: tuple[Tensor | None, Tensor | None] = (x.to(dtype), of_input) if cell.input_to_hidden else (None, None)
         hidden = tuple(part.to(dtype) for part in state.hidden)
         memory = state.memory.to(dtype)
-        _, starts, sequences = chunked_scan(Pointwise(kind), *given, bias, u, memory, operators, hidden, steps)
+        _, starts, states = chunked_scan(Pointwise(kind), *given, bias, u, memory, operators, hidden, steps)
         assert starts is not None
-        output = output_of(sequences, lengths, return_sequence).to(x.dtype)
+        output = states.output(lengths, return_sequence).to(x.dtype)
         if not return_state:
             return output, None
         memory = final_memory(u, starts, system, x.shape[1], lengths)
-        return output, LMUState(memory, final_states(sequences, state.hidden, lengths))
+        return output, LMUState(memory, states.final(state.hidden, lengths))
 
 
 def convolved_recurrence(
@@ -100,12 +100,12 @@ def convolved_recurrence(
         assert own.hidden_weight is not None
         before = tuple(part.to(dtype) for part in state.hidden)
         to_gates = (*given, own.bias, u, kernel)
-        sequences = convolved_scan(Pointwise(own.kind), *to_gates, own.hidden_weight, before)
-        output = output_of(sequences, lengths, return_sequence)
+        states = convolved_scan(Pointwise(own.kind), *to_gates, own.hidden_weight, before)
+        output = states.output(lengths, return_sequence)
         if not return_state:
             return output.to(x.dtype), None
         memory = linear_memory(u, system, None, lengths, return_sequence=False)[1]
-        return output.to(x.dtype), LMUState(memory, final_states(sequences, state.hidden, lengths))
+        return output.to(x.dtype), LMUState(memory, states.final(state.hidden, lengths))
 
 
 def gated_scan(
@@ -130,5 +130,5 @@ def gated_scan(
         hidden_weight = weights.to(dtype).hidden_weight
         assert hidden_weight is not None
         hidden = tuple(part.to(dtype) for part in state)
-        sequences = recurrent_scan(Pointwise(weights.kind), base.to(dtype), hidden_weight, hidden)
-    return output_of(sequences, lengths, return_sequence).to(state[0].dtype), final_states(sequences, state, lengths)
+        states = recurrent_scan(Pointwise(weights.kind), base.to(dtype), hidden_weight, hidden)
+    return states.output(lengths, return_sequence).to(state[0].dtype), states.final(state, lengths)

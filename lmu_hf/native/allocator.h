@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <vector>
 
 namespace {
@@ -32,6 +33,19 @@ class CachingAllocator final : public c10::Allocator {
     return {data, block.release(), &give_back, c10::kCPU};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+
+  // Takes back what `allocate` gave, by its context.
+  static void give_back(void* context) {
+    const std::unique_ptr<Block> block(static_cast<Block*>(context));
+    CachingAllocator& self = only();
+    const std::lock_guard guard(self.mutex);
+    self.used -= block->bytes;
+    self.kept += block->bytes;
+    self.idle.push_back(std::move(*block));
+    size_t newer = 0;
+    for (auto one = self.idle.rbegin(); one != self.idle.rend(); ++one)
+      if ((newer += one->bytes) > SLACK && !one->offered) offer(*one);
+  }
 
   // Gives the system what is kept.
   void clear() {
@@ -76,18 +90,6 @@ class CachingAllocator final : public c10::Allocator {
     return taken;
   }
 
-  static void give_back(void* context) {
-    const std::unique_ptr<Block> block(static_cast<Block*>(context));
-    CachingAllocator& self = only();
-    const std::lock_guard guard(self.mutex);
-    self.used -= block->bytes;
-    self.kept += block->bytes;
-    self.idle.push_back(std::move(*block));
-    size_t newer = 0;
-    for (auto one = self.idle.rbegin(); one != self.idle.rend(); ++one)
-      if ((newer += one->bytes) > SLACK && !one->offered) offer(*one);
-  }
-
   // Lets the system take the pages of a block if it runs short; until then they stay, and cost no fault when they are written again.
   static void offer(Block& block) {
     block.offered = true;
@@ -99,11 +101,47 @@ class CachingAllocator final : public c10::Allocator {
   }
 };
 
-// A tensor of that allocator, not initialised.
-at::Tensor empty(at::IntArrayRef shape, at::ScalarType type) {
+// Bytes from which on the C library asks the system for a block of its own.
+constexpr size_t LARGE = 1 << 17;
+
+// A tensor, not initialised, of that allocator if it is large.
+at::Tensor empty_of(at::IntArrayRef shape, at::ScalarType type) {
   constexpr c10::DispatchKeySet keys(c10::DispatchKey::CPU);
-  return at::detail::empty_generic(shape, &CachingAllocator::only(), keys, type, std::nullopt);
+  const bool large = c10::multiply_integers(shape) * c10::elementSize(type) >= LARGE;
+  c10::Allocator* allocator = large ? &CachingAllocator::only() : c10::GetCPUAllocator();
+  return at::detail::empty_generic(shape, allocator, keys, type, std::nullopt);
 }
+at::Tensor empty(at::IntArrayRef shape, const at::Tensor& like) { return empty_of(shape, like.scalar_type()); }
+
+// The memory of vectors. It begins with a line of the cache, as that of tensors does: vectors of the processor that lie across two
+// lines take twice as long to read.
+template <typename T>
+struct Lines {
+  using value_type = T;
+  static constexpr size_t line = 64;
+
+  Lines() = default;
+  template <typename Other>
+  Lines(const Lines<Other>&) {}
+  T* allocate(size_t count) {
+    const size_t bytes = count * sizeof(T);
+    if (bytes < LARGE) return static_cast<T*>(::operator new(bytes, std::align_val_t(line)));
+    // What gives it back lies in front of it.
+    auto memory = CachingAllocator::only().allocate(bytes + line);
+    char* begin = static_cast<char*>(memory.get());
+    *reinterpret_cast<void**>(begin) = memory.release_context();
+    return reinterpret_cast<T*>(begin + line);
+  }
+  void deallocate(T* numbers, size_t count) {
+    if (count * sizeof(T) < LARGE) return ::operator delete(numbers, std::align_val_t(line));
+    CachingAllocator::give_back(*reinterpret_cast<void**>(reinterpret_cast<char*>(numbers) - line));
+  }
+  friend bool operator==(const Lines&, const Lines&) { return true; }
+  friend bool operator!=(const Lines&, const Lines&) { return false; }
+};
+
+template <typename T>
+using Buffer = std::vector<T, Lines<T>>;
 
 void release_memory() { CachingAllocator::only().clear(); }
 }  // namespace

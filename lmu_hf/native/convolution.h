@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <optional>
 
@@ -203,7 +202,7 @@ at::Tensor convolution_spectrum(const at::Tensor& kernel, int64_t size, int64_t 
     const RealTransform<T> transform(size);
     const int64_t dims = kernel.size(0), lags = std::min(kernel.size(1), size - offset), width = kernel.size(2);
     const int64_t groups = parts(width, LANES<T>);
-    spectrum = at::empty({dims, groups, transform.points, 2, LANES<T>}, kernel.options());
+    spectrum = empty({dims, groups, transform.points, 2, LANES<T>}, kernel);
     at::parallel_for(0, dims * groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
         const int64_t dim = index / groups, column = index % groups * LANES<T>;

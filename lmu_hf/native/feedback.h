@@ -1,7 +1,6 @@
 // The chunks of a segment whose state is fed back into the memory, as in time_loop.py.
 #pragma once
 
-#include <ATen/ops/empty.h>
 
 #include <memory_resource>
 
@@ -213,7 +212,7 @@ void feedback_backward(
       parts.gather(true);
       return;
     }
-    const at::Tensor start = at::empty({batch, flat}, fold.options());
+    const at::Tensor start = empty({batch, flat}, fold);
     T* now = start.data_ptr<T>();
     for (int64_t index = chunks - 1; index >= 0; --index) {
       const int64_t at = first + index * chunk;

@@ -1,7 +1,6 @@
 // The matrix of a small LMU as one recurrence, as in merged.py: [m, h, what comes in, 1] -> [m', gates].
 #pragma once
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
@@ -72,8 +71,8 @@ at::Tensor merged_operator(
   const Layout layout(numbers);
   const Passing passing(layout, A, B, kernel, recurrent, u_bias);
   const int64_t dims = kernel.size(1), order = B.size(1), linear = layout.linear, gates = weight.size(1);
-  const auto result = at::empty({layout.rows, linear + gates}, weight.options());
-  const auto to_gates = result.narrow(1, linear, gates), read = at::empty({linear + dims, gates}, weight.options());
+  const auto result = empty({layout.rows, linear + gates}, weight);
+  const auto to_gates = result.narrow(1, linear, gates), read = empty({linear + dims, gates}, weight);
   add_product(read, passing.ahead, weight.narrow(0, 0, linear), false);
   with_type(weight, [&](auto scalar) {
     using T = decltype(scalar);
@@ -116,7 +115,7 @@ std::vector<Part> merged_operator_backward(
   const auto to_gates = grad.narrow(1, linear, gates), of_memory = weight.narrow(0, 0, linear);
   const auto driven = passing.ahead.narrow(0, linear, dims);
   // Of what the gates make of A and of B.
-  const auto of_read = at::empty({linear + dims, gates}, grad.options()), of_u = at::empty({layout.rows, dims}, grad.options());
+  const auto of_read = empty({linear + dims, gates}, grad), of_u = empty({layout.rows, dims}, grad);
   add_product(of_read.narrow(0, linear, dims), passing.of_u.t(), to_gates, false);
   with_type(weight, [&](auto scalar) {
     using T = decltype(scalar);
@@ -124,7 +123,7 @@ std::vector<Part> merged_operator_backward(
   });
   add_product_either_way(grads[3]->narrow(0, 0, linear), passing.ahead.t(), of_read, false);
   // Of u, which reaches m' and with it the gates.
-  const auto read = at::empty({dims, gates}, grad.options());
+  const auto read = empty({dims, gates}, grad);
   add_product(read, driven, of_memory, false);
   add_product(of_u, grad.narrow(1, 0, linear), driven.t(), false);
   add_product(of_u, to_gates, read.t(), true);

@@ -2,14 +2,13 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <type_traits>
 #include <vector>
 
+#include "allocator.h"
 #include "tensors.h"
 
 namespace {
@@ -24,24 +23,6 @@ constexpr int64_t BYTES = 32, BLOCK = 12, ROWS = 6;
 #else
 constexpr int64_t BYTES = 16, BLOCK = 12, ROWS = 6;
 #endif
-
-// Begins with a line of the cache, as tensors do: vectors across two lines take twice as long to read.
-template <typename T>
-struct Lines {
-  using value_type = T;
-  static constexpr std::align_val_t line{64};
-
-  Lines() = default;
-  template <typename Other>
-  Lines(const Lines<Other>&) {}
-  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), line)); }
-  void deallocate(T* numbers, size_t) { ::operator delete(numbers, line); }
-  friend bool operator==(const Lines&, const Lines&) { return true; }
-  friend bool operator!=(const Lines&, const Lines&) { return false; }
-};
-
-template <typename T>
-using Buffer = std::vector<T, Lines<T>>;
 
 template <typename T>
 struct Vector;
@@ -103,7 +84,7 @@ at::Tensor panels_of(const at::Tensor& matrix) {
   const int64_t row = matrix.stride(-2), column = matrix.stride(-1), leading = matrix.dim() - 2;
   std::vector<int64_t> sizes(matrix.sizes().begin(), matrix.sizes().begin() + leading);
   sizes.insert(sizes.end(), {count, inner, PANEL});
-  const at::Tensor result = at::empty(sizes, matrix.options());
+  const at::Tensor result = empty(sizes, matrix);
   with_type(matrix, [&](auto scalar) {
     using T = decltype(scalar);
     T* to = result.data_ptr<T>();

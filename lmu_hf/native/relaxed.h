@@ -103,7 +103,7 @@ class Sums {
   Sequence<T> of(const at::Tensor& like, int64_t begin, int64_t end, int64_t steps, int64_t width) {
     const int64_t stride = parts(width, LANES<T>) * LANES<T>, row = steps * stride;
     if (!room.defined() || room.size(0) < end - begin) {
-      room = at::empty({end - begin, steps, stride}, like.options());
+      room = empty({end - begin, steps, stride}, like);
       room.narrow(2, width, stride - width).zero_();  // vectors reach there
     }
     return Sequence<T>(room.data_ptr<T>() - begin * row, row, stride, width);

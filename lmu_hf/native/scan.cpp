@@ -93,7 +93,7 @@ TORCH_LIBRARY(lmu_hf, library) {
       "Tensor(c!) carried, Tensor(d!)? grad_given, Tensor(e!)? grad_matrix, Tensor(f!)? grad_kernel, int first_row, "
       "Tensor(g!)? grad_sums) -> ()");
   // A tensor on the CPU, not initialised, whose memory is kept for the next one; and what gives all that is kept to the system.
-  library.def("empty(int[] shape, ScalarType dtype) -> Tensor", &empty);
+  library.def("empty(int[] shape, ScalarType dtype) -> Tensor", &empty_of);
   library.def("release_memory() -> ()", &release_memory);
   // A matrix (.., K, W) cut into panels of columns: (.., P, K, 16).
   library.def("panels(Tensor matrix) -> Tensor");

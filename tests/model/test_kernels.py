@@ -69,10 +69,11 @@ def run(scan_of, kind, batch, size, dims, chunk, steps):
     for first, count in cuts:
         scan.forward(first, count, known[:, first : first + count], u)
     grads = tuple(torch.randn(batch, steps, size) for _ in states)
+    last = tuple(torch.randn(batch, size) for _ in states)
     grad_u = torch.randn(batch, steps, dims)
     grad_sums = torch.full((batch, steps, width), torch.nan)
     scan = scan_of(Pointwise(kind), step, chunk, dims, states, kept)  # as in chunked_scan
-    scan.start_backward(grads)
+    scan.start_backward(grads, last)
     for first, count in reversed(cuts):
         scan.backward(first, count, grad_u[:, first : first + count].clone(), grad_sums[:, first : first + count])
     return [*kept, u, grad_sums, *scan.initial_gradients()]
@@ -111,11 +112,12 @@ def run_feedback(scan_of, kind, batch, size, dims, windows, order, chunk, steps)
         of_segment = known[:, first : first + length].clone()
         memory = scan.feedback_forward(first, of_segment, u, starts, memory, operators)
     grads = tuple(torch.randn(batch, steps, size) for _ in states)
+    last = tuple(torch.randn(batch, size) for _ in states)
     results = [*kept, u, starts]
     for grad_starts in (None, torch.randn_like(starts)):
         grad_u = torch.randn_like(u)
         scan = scan_of(Pointwise(kind), step, chunk, dims, states, kept)
-        scan.start_backward(grads)
+        scan.start_backward(grads, last)
         after = torch.randn(batch, dims * order)
         for first, length in ((segment, chunks * chunk - segment), (0, segment)):
             # Where the last chunk is not full, its sums have no gradients.

@@ -9,6 +9,7 @@ import lmu_hf.native
 from lmu_hf.model import recurrent_scan as module
 from lmu_hf.model.gates import GATES, Pointwise
 from lmu_hf.model.layer_costs import Recurrence, _sharing
+from lmu_hf.model.ragged import Trajectory
 from lmu_hf.model.recurrent_scan import recurrent_scan
 
 F32, F64 = torch.float32, torch.float64
@@ -29,7 +30,7 @@ def naive_step(kind, gates, states):
     return ({"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu, "linear": torch.clone}[kind](gates),)
 
 
-def naive_recurrent_scan(cell, given, matrix, states, *, constant=False):
+def naive_recurrent_scan(cell, given, matrix, states, *, constant=False, alone=True):
     kept = []
     size = states[0].shape[1]
     for x in given.unbind(1):
@@ -47,7 +48,8 @@ def naive_recurrent_scan(cell, given, matrix, states, *, constant=False):
         states = (torch.cat([memory, after[0]], dim=1), *after[1:])
         kept.append(states)
     results = tuple(torch.stack(parts, dim=1) for parts in zip(*kept, strict=True))
-    return *results, results[0][..., cell.linear :]
+    each = (*results, results[0][..., cell.linear :]) if cell.linear and alone else results
+    return Trajectory(each, states)
 
 
 @pytest.fixture(params=WAYS)
@@ -72,11 +74,12 @@ def build(kind, linear, size, inputs, batch, steps, *, constant=True, dtype=F64,
     return [given, matrix, *states]
 
 
-def everything(scan, kind, linear, tensors, *, constant=True, wanted=None):
+def everything(scan, kind, linear, tensors, *, constant=True, wanted=None, **options):
     """The results, and the gradients of the tensors that are wanted."""
     leaves = [tensor.detach().requires_grad_(wanted is None or i in wanted) for i, tensor in enumerate(tensors)]
     given, matrix, *states = leaves
-    results = scan(Pointwise(kind, linear), given, matrix, tuple(states), constant=constant)[: len(states) + bool(linear)]
+    ran = scan(Pointwise(kind, linear), given, matrix, tuple(states), constant=constant, **options)
+    results = [*ran.each, *ran.last]
     torch.manual_seed(1)
     loss = sum((part * torch.randn(part.shape, dtype=F64)).sum() for part in results)
     return [*results, *torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad])]
@@ -172,8 +175,9 @@ def test_threads_share_the_steps_of_few_rows(kind, sizes, way, threads, monkeypa
     for constant in (False, True)[: 1 + (inputs > 0)]:
         tensors = build(kind, linear, size, inputs, batch, steps, constant=constant)
         assert_equal(kind, linear, tensors, constant=constant)
-    alone = recurrent_scan(Pointwise(kind, linear), *tensors[:2], tuple(tensors[2:]), constant=constant)
-    for one, other in zip(alone, everything(recurrent_scan, kind, linear, tensors, constant=constant), strict=False):
+    ran = recurrent_scan(Pointwise(kind, linear), *tensors[:2], tuple(tensors[2:]), constant=constant)
+    again = everything(recurrent_scan, kind, linear, tensors, constant=constant)
+    for one, other in zip((*ran.each, *ran.last), again, strict=False):
         assert torch.equal(one, other)
 
 
@@ -192,23 +196,28 @@ def test_threads_share_some_gradients_alone(wanted, threads):
 
 def test_a_gradient_of_one_result_alone(way):
     tensors = build("lstm", 6, 5, 3, 3, 23)
-    for index in range(3):
+    for index in range(5):
         found = []
         for scan in (recurrent_scan, naive_recurrent_scan):
             given, matrix, *states = leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-            results = scan(Pointwise("lstm", 6), given, matrix, tuple(states), constant=True)
-            found.append(torch.autograd.grad(results[index].square().sum(), leaves))
+            ran = scan(Pointwise("lstm", 6), given, matrix, tuple(states), constant=True)
+            found.append(torch.autograd.grad((*ran.each, *ran.last)[index].square().sum(), leaves))
         for ours, naive in zip(*found, strict=True):
             assert (ours - naive).abs().max() < 1e-11 * max(1.0, float(naive.abs().max()))
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_without_h_by_itself(kind, way):
+    assert_equal(kind, 6, build(kind, 6, 5, 3, 3, 23), alone=False)
 
 
 @pytest.mark.parametrize("kind", ["tanh", "lstm", "gru"])
 def test_what_is_not_finite_stays_in_its_row(kind, way):
     tensors = build(kind, 6, 5, 3, 5, 23)
-    exact = recurrent_scan(Pointwise(kind, 6), *tensors[:2], tuple(tensors[2:]), constant=True)
+    exact = recurrent_scan(Pointwise(kind, 6), *tensors[:2], tuple(tensors[2:]), constant=True).each
     tensors[0][3, 7, 1] = torch.nan
     given, matrix, *states = (tensor.requires_grad_() for tensor in tensors)
-    found = recurrent_scan(Pointwise(kind, 6), given, matrix, tuple(states), constant=True)
+    found = recurrent_scan(Pointwise(kind, 6), given, matrix, tuple(states), constant=True).each
     others = [0, 1, 2, 4]
     for one, other in zip(found, exact, strict=True):
         assert torch.equal(one[others], other[others])
@@ -228,7 +237,7 @@ def test_runs_are_repeated_to_the_bit(kind, way):
 
 def test_the_second_derivative_is_refused(way):
     given, matrix, state = (tensor.requires_grad_() for tensor in build("tanh", 2, 3, 1, 2, 5))
-    result, _ = recurrent_scan(Pointwise("tanh", 2), given, matrix, (state,), constant=True)
+    result, _ = recurrent_scan(Pointwise("tanh", 2), given, matrix, (state,), constant=True).each
     with pytest.raises(RuntimeError, match="second derivative.*algorithm='naive'"):
         torch.autograd.grad(result.sum(), matrix, create_graph=True)
 
