@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .compiled import empty
+
 
 class Packing(NamedTuple):
     """Where the valid steps of a padded batch lie.
@@ -123,6 +125,22 @@ def _like(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(*values.shape, *[1] * (x.ndim - values.ndim))
 
 
+class _AtStep(torch.autograd.Function):
+    """One step of each row: (B, T, H), (B,) -> (B, H). Its gradient, which has all steps, is made of memory that is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, steps: Tensor) -> Tensor:
+        ctx.save_for_backward(steps)
+        ctx.shape = x.shape
+        return x[torch.arange(len(x), device=x.device), steps]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (steps,) = ctx.saved_tensors
+        total = empty(grad, *ctx.shape).zero_()
+        return total.index_put_((torch.arange(len(steps), device=steps.device), steps), grad), None
+
+
 class Trajectory(NamedTuple):
     """The state tensors of a run.
 
@@ -141,7 +159,10 @@ class Trajectory(NamedTuple):
 
     def end(self, index: int, lengths: Tensor | None) -> Tensor:
         """The state tensor with this index (B, H) after each row's last valid step; zeros for a row without any."""
-        return self.last[index] if lengths is None else last_valid(self.each[index], lengths)
+        if lengths is None:
+            return self.last[index]
+        last = _AtStep.apply(self.each[index], (lengths - 1).clamp(min=0))
+        return last.masked_fill((lengths == 0)[:, None], 0)
 
     def output(self, lengths: Tensor | None, return_sequence: bool) -> Tensor:
         """The first state, as the output of a cell: of all steps, or of each row's last one (B, H)."""
