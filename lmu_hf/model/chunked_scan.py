@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .by_system import fold_rows, fold_state, product
-from .compiled import SMALL_ORDER, add_matmul, available, empty, gradient_of, matmul, with_rows
+from .compiled import SMALL_ORDER, add_matmul, available, empty, gradient_of, matmul, with_rows, zeros
 from .folding import ChunkOperators
 from .gates import Pointwise
 from .memory import wants_gradient
@@ -194,7 +194,7 @@ class _ChunkedScan(torch.autograd.Function):
             if name in grads:
                 grads[name].zero_()
         # Gradient of u.
-        inputs = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
+        inputs = zeros(u, *u.shape) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
         grad_memory: Tensor | None = None  # of the memory at the end of a segment
         nothing = step.new_empty(batch, steps, 0)
         to_starts: Any = None

@@ -63,6 +63,11 @@ def empty(like: Tensor, *shape: int) -> Tensor:
     return torch.ops.lmu_hf.empty(shape, like.dtype)
 
 
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """``like.new_zeros(*shape)`` by :func:`empty`."""
+    return empty(like, *shape).zero_()
+
+
 def panels(matrix: Tensor) -> Tensor:
     """A matrix (..., K, W) as the compiled loops want it: (..., P, K, 16), cut into panels of columns, filled up with zeros."""
     return torch.ops.lmu_hf.panels(matrix)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import available, with_rows
+from .compiled import available, with_rows, zeros
 
 
 def causal_convolution(u: Tensor, kernel: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class _CompiledConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, kernel: Tensor) -> Tensor:
         ctx.save_for_backward(u, kernel)
-        out = u.new_zeros(*u.shape[:2], kernel.shape[2])
+        out = zeros(u, *u.shape[:2], kernel.shape[2])
         convolve(kernel)(u, out)
         return out
 
@@ -98,10 +98,7 @@ class _CompiledConvolution(torch.autograd.Function):
             found = iter(torch.autograd.grad(spectral_convolution(*inputs), needed, grad, create_graph=True))
             return tuple(next(found) if asked else None for asked in wanted)
         u, kernel = inputs
-        grads = tuple(
-            torch.zeros_like(tensor, memory_format=torch.contiguous_format) if asked else None
-            for tensor, asked in zip(inputs, wanted, strict=True)
-        )
+        grads = tuple(zeros(tensor, *tensor.shape) if asked else None for tensor, asked in zip(inputs, wanted, strict=True))
         convolve_back(kernel)(u, grad, *grads)
         return grads
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import add_matmul, empty, gradient_of, matmul
+from .compiled import add_matmul, empty, gradient_of, matmul, zeros
 from .convolution import convolve, convolve_back
 from .gates import Pointwise
 from .memory import wants_gradient
@@ -91,7 +91,7 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     made = {
         "given": empty(given, *given.shape) if wanted["given"] else None,
         **{
-            name: torch.zeros_like(tensor, memory_format=torch.contiguous_format) if wanted[name] else None
+            name: zeros(tensor, *tensor.shape) if wanted[name] else None
             for name, tensor in (
                 ("weight", weight),
                 ("bias", bias),

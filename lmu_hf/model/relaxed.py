@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .compiled import MOST_NUMBERS, PANEL, add_matmul, available, empty, with_rows
+from .compiled import MOST_NUMBERS, PANEL, add_matmul, available, empty, with_rows, zeros
 from .folding import below
 from .gates import Pointwise
 from .memory import wants_gradient
@@ -97,9 +97,9 @@ class _RelaxedScan(torch.autograd.Function):
         wants_given, wants_weight, wants_bias, wants_kernel, wants_hidden, *_ = ctx.needs_input_grad[1:]
         loop, spectra = _prepare(ctx.settings, kernel, hidden_weight, u, states, kept)
         loop.start_backward(arriving(grads, states, kept), grads[len(states) :])
-        to_u = torch.zeros_like(u) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
+        to_u = zeros(u, *u.shape) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
         to_given = empty(given, *given.shape) if wants_given else None
-        to_kernel = torch.zeros_like(kernel, memory_format=torch.contiguous_format) if wants_kernel else None
+        to_kernel = zeros(kernel, *kernel.shape) if wants_kernel else None
         # Of the u of the block so far, h, inputs and 1, one below the other.
         rows = [len(loop.step) - len(hidden_weight), len(hidden_weight), len(weight), int(bias is not None)]
         wanted = wants_weight or wants_bias or wants_kernel or wants_hidden
@@ -113,7 +113,7 @@ class _RelaxedScan(torch.autograd.Function):
                 loop.relaxed_backward(*ways, None, to_kernel, first, grad)
                 _add_gradients(matrix, grad, first, given, u, states[0], kept[0], loop.chunk)
         else:
-            matrix = kernel.new_zeros(shape) if wanted else None
+            matrix = zeros(kernel, *shape) if wanted else None
             loop.relaxed_backward(*ways, matrix, to_kernel)
         short, to_hidden, to_weight, to_bias = [None] * 4 if matrix is None else matrix.split(rows)
         if to_kernel is not None and short is not None:
