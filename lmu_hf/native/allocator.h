@@ -28,23 +28,49 @@ class CachingAllocator final : public c10::Allocator {
   }
 
   c10::DataPtr allocate(size_t bytes) override {
-    auto block = std::make_unique<Block>(take(bytes));
-    void* data = block->memory.get();
-    return {data, block.release(), &give_back, c10::kCPU};
+    void* data = take(bytes);
+    return {data, data, &give_back, c10::kCPU};
   }
+  c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
-  // Takes back what `allocate` gave, by its context.
-  static void give_back(void* context) {
-    const std::unique_ptr<Block> block(static_cast<Block*>(context));
+  // Memory that begins with a line of the cache, not initialised.
+  void* take(size_t bytes) {
+    const std::lock_guard guard(mutex);
+    // The smallest block that is large enough, but not much too large, as lengths of sequences vary from batch to batch; of equal
+    // ones the last, which is likeliest still in a cache.
+    auto best = idle.end();
+    for (auto block = idle.begin(); block != idle.end(); ++block) {
+      const size_t found = (*block)->bytes;
+      if (found >= bytes && found - bytes <= bytes / 2 && (best == idle.end() || found <= (*best)->bytes)) best = block;
+    }
+    std::unique_ptr<Block> block;
+    if (best != idle.end()) {
+      block = std::move(*best);
+      idle.erase(best);
+      kept -= block->bytes;
+      block->offered = false;
+    } else {
+      const size_t bound = std::max(most, used + bytes) + SLACK;
+      for (; !idle.empty() && used + kept + bytes > bound; idle.erase(idle.begin())) kept -= idle.front()->bytes;
+      block = std::make_unique<Block>(Block{c10::GetCPUAllocator()->allocate(LINE + bytes), bytes});
+    }
+    most = std::max(most, used += block->bytes);
+    char* begin = static_cast<char*>(block->memory.get());
+    *reinterpret_cast<Block**>(begin) = block.release();
+    return begin + LINE;
+  }
+
+  static void give_back(void* data) {
+    std::unique_ptr<Block> block(*reinterpret_cast<Block**>(static_cast<char*>(data) - LINE));
     CachingAllocator& self = only();
     const std::lock_guard guard(self.mutex);
     self.used -= block->bytes;
     self.kept += block->bytes;
-    self.idle.push_back(std::move(*block));
+    self.idle.push_back(std::move(block));
     size_t newer = 0;
     for (auto one = self.idle.rbegin(); one != self.idle.rend(); ++one)
-      if ((newer += one->bytes) > SLACK && !one->offered) offer(*one);
+      if ((newer += (*one)->bytes) > SLACK && !(*one)->offered) offer(**one);
   }
 
   // Gives the system what is kept.
@@ -57,45 +83,24 @@ class CachingAllocator final : public c10::Allocator {
 
  private:
   static constexpr size_t SLACK = 64 << 20;  // what the C library holds on to, too
+  static constexpr size_t LINE = 64;
 
   struct Block {
-    c10::DataPtr memory;
-    size_t bytes;
+    c10::DataPtr memory;  // in use, its first line says which block it is of
+    size_t bytes;         // behind that
     bool offered = false;  // to the system
   };
 
   std::mutex mutex;
-  std::vector<Block> idle;  // the one that was given back last comes last
+  std::vector<std::unique_ptr<Block>> idle;  // the one that was given back last comes last
   size_t used = 0, kept = 0, most = 0;
-
-  Block take(size_t bytes) {
-    const std::lock_guard guard(mutex);
-    // The smallest that is large enough, but not much too large; of equal ones the last, which is likeliest still in a cache.
-    auto best = idle.end();
-    for (auto block = idle.begin(); block != idle.end(); ++block)
-      if (block->bytes >= bytes && block->bytes - bytes <= bytes / 8 && (best == idle.end() || block->bytes <= best->bytes))
-        best = block;
-    Block taken;
-    if (best != idle.end()) {
-      taken = std::move(*best);
-      taken.offered = false;
-      kept -= taken.bytes;
-      idle.erase(best);
-    } else {
-      const size_t bound = std::max(most, used + bytes) + SLACK;
-      for (; !idle.empty() && used + kept + bytes > bound; idle.erase(idle.begin())) kept -= idle.front().bytes;
-      taken = {c10::GetCPUAllocator()->allocate(bytes), bytes};
-    }
-    most = std::max(most, used += taken.bytes);
-    return taken;
-  }
 
   // Lets the system take the pages of a block if it runs short; until then they stay, and cost no fault when they are written again.
   static void offer(Block& block) {
     block.offered = true;
 #ifdef MADV_FREE
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(block.memory.get());
-    const uintptr_t first = (begin + page - 1) / page * page, last = (begin + block.bytes) / page * page;
+    const uintptr_t first = (begin + page - 1) / page * page, last = (begin + LINE + block.bytes) / page * page;
     if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_FREE);
 #endif
   }
@@ -118,23 +123,20 @@ at::Tensor empty(at::IntArrayRef shape, const at::Tensor& like) { return empty_o
 template <typename T>
 struct Lines {
   using value_type = T;
-  static constexpr size_t line = 64;
+  static constexpr std::align_val_t line{64};
 
   Lines() = default;
   template <typename Other>
   Lines(const Lines<Other>&) {}
   T* allocate(size_t count) {
     const size_t bytes = count * sizeof(T);
-    if (bytes < LARGE) return static_cast<T*>(::operator new(bytes, std::align_val_t(line)));
-    // What gives it back lies in front of it.
-    auto memory = CachingAllocator::only().allocate(bytes + line);
-    char* begin = static_cast<char*>(memory.get());
-    *reinterpret_cast<void**>(begin) = memory.release_context();
-    return reinterpret_cast<T*>(begin + line);
+    return static_cast<T*>(bytes < LARGE ? ::operator new(bytes, line) : CachingAllocator::only().take(bytes));
   }
   void deallocate(T* numbers, size_t count) {
-    if (count * sizeof(T) < LARGE) return ::operator delete(numbers, std::align_val_t(line));
-    CachingAllocator::give_back(*reinterpret_cast<void**>(reinterpret_cast<char*>(numbers) - line));
+    if (count * sizeof(T) < LARGE)
+      ::operator delete(numbers, line);
+    else
+      CachingAllocator::give_back(numbers);
   }
   friend bool operator==(const Lines&, const Lines&) { return true; }
   friend bool operator!=(const Lines&, const Lines&) { return false; }
