@@ -42,6 +42,20 @@ struct Numbers {
   void add(const Numbers& other, T factor) {
     for (int p = 0; p < parts; ++p) part[p] += other.part[p] * factor;
   }
+  // Reads all lanes at once, but takes 0 where there is nothing of its own: for single numbers it would have to wait for each.
+  void load(const T* from, const Numbers& own) {
+    for (int p = 0; p < parts; ++p)
+      part[p] = own.part[p] != 0 ? *reinterpret_cast<const Part*>(from + p * width) : Part{};
+  }
+  T times(const Numbers& other) const {
+    Part products = part[0] * other.part[0];
+    for (int p = 1; p < parts; ++p) products += part[p] * other.part[p];
+    T sums[width];
+    std::memcpy(sums, &products, sizeof products);
+    for (int half = width / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+    return sums[0];
+  }
 };
 
 // S systems: the columns of A (N, N), or of its transpose, and B (N), each filled up to Lanes.
@@ -65,28 +79,41 @@ struct Systems {
   }
 };
 
-// sum += columns @ values, in two sums so that one addition need not wait for the other.
-template <typename T, int Lanes, int Order>
-inline void apply(const Numbers<T, Lanes>* columns, const T* values, int64_t order, Numbers<T, Lanes>& sum) {
+// sums += columns @ values of some memories, whose steps need not wait for each other's.
+template <typename T, int Lanes, int Order, int Together>
+inline void apply(
+    const Numbers<T, Lanes>* columns, const Numbers<T, Lanes>* values, int64_t order, Numbers<T, Lanes> (&sums)[Together]) {
   const int64_t count = Order ? Order : order;
-  Numbers<T, Lanes> other;
+  Numbers<T, Lanes> others[Together];  // two sums each, so that one addition need not wait for the other
   int64_t k = 0;
   for (; k + 1 < count; k += 2) {
-    sum.add(columns[k], values[k]);
-    other.add(columns[k + 1], values[k + 1]);
+    for (int m = 0; m < Together; ++m) sums[m].add(columns[k], values[m].begin()[k]);
+    for (int m = 0; m < Together; ++m) others[m].add(columns[k + 1], values[m].begin()[k + 1]);
   }
-  if (k < count) sum.add(columns[k], values[k]);
-  sum.add(other);
+  if (k < count)
+    for (int m = 0; m < Together; ++m) sums[m].add(columns[k], values[m].begin()[k]);
+  for (int m = 0; m < Together; ++m) sums[m].add(others[m]);
 }
 
-// Rows and memory dimensions never meet: calls function(row, first dimension, last) for parts of both.
-template <typename Function>
+// Memories of one row each that go through the steps together.
+template <typename T, int Lanes>
+constexpr int TOGETHER_OF = Numbers<T, Lanes>::parts > 1 ? 2 : 4;
+
+// Rows and memory dimensions never meet: calls function(first row, how many, first dimension, last) for parts of both, with one row
+// or so many as a number that the compiler knows.
+template <int Together, typename Function>
 void over_memories(int64_t rows, int64_t dims, const Function& function) {
-  const int64_t parts = std::min(dims, std::max<int64_t>(1, at::get_num_threads() / std::max<int64_t>(rows, 1)));
-  at::parallel_for(0, rows * parts, 1, [&](int64_t begin, int64_t end) {
+  const int64_t threads = at::get_num_threads();
+  const int64_t parts = std::min(dims, std::max<int64_t>(1, threads / std::max<int64_t>(rows, 1)));
+  // With as many rows as that, no thread is left without.
+  const int64_t size = dims > 2 || rows < Together * threads ? 1 : Together, tiles = (rows + size - 1) / size;
+  at::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / parts, part = task % parts;
-      function(row, dims * part / parts, dims * (part + 1) / parts);
+      const int64_t part = task % parts, first = dims * part / parts, last = dims * (part + 1) / parts;
+      int64_t row = task / parts * size;
+      const int64_t past = std::min(row + size, rows);
+      for (; row + Together <= past; row += Together) function(std::integral_constant<int, Together>(), row, first, last);
+      for (; row < past; ++row) function(std::integral_constant<int, 1>(), row, first, last);
     }
   });
 }
@@ -104,20 +131,26 @@ void memory_forward(
       const Systems<T, Lanes> systems(A, B, false);
       const bool shared = B.size(0) == 1;
       const int64_t count = Order ? Order : order;
-      over_memories(u.size(0), dims, [&](int64_t row, int64_t first, int64_t last) {
-        const T* before = from + row * dims * count;
-        for (int64_t t = 0; t < steps; ++t) {
-          const T* input = inputs + (row * steps + t) * dims;
-          T* state = to + (row * steps + t) * dims * count;
+      over_memories<TOGETHER_OF<T, Lanes>>(u.size(0), dims, [&](auto together, int64_t row, int64_t first, int64_t last) {
+        constexpr int Together = decltype(together)::value;
+        using Memories = Numbers<T, Lanes>[Together];
+        // Here as well as in the tensor: numbers that were just written in parts are slow to read.
+        Buffer<Numbers<T, Lanes>> memories((last - first) * Together);
+        const auto of = [&](int64_t d) { return &memories[(d - first) * Together]; };
+        for (int64_t d = first; d < last; ++d)
+          for (int m = 0; m < Together; ++m)
+            std::memcpy(of(d)[m].begin(), from + ((row + m) * dims + d) * count, count * sizeof(T));
+        for (int64_t t = 0; t < steps; ++t)
           for (int64_t d = first; d < last; ++d) {
             const int64_t s = shared ? 0 : d;
-            Numbers<T, Lanes> after;
-            after.add(systems.inputs[s], input[d]);
-            apply<T, Lanes, Order>(&systems.columns[s * count], before + d * count, count, after);
-            std::memcpy(state + d * count, after.begin(), count * sizeof(T));
+            Memories after;
+            for (int m = 0; m < Together; ++m) after[m].add(systems.inputs[s], inputs[((row + m) * steps + t) * dims + d]);
+            apply<T, Lanes, Order>(&systems.columns[s * count], of(d), count, after);
+            for (int m = 0; m < Together; ++m) {
+              of(d)[m] = after[m];
+              std::memcpy(to + (((row + m) * steps + t) * dims + d) * count, of(d)[m].begin(), count * sizeof(T));
+            }
           }
-          before = state;
-        }
       });
     });
   });
@@ -139,26 +172,36 @@ void memory_backward(
       const Systems<T, Lanes> systems(A, B, true);
       const bool shared = B.size(0) == 1;
       const int64_t count = Order ? Order : order;
-      over_memories(grad_u.size(0), dims, [&](int64_t row, int64_t first, int64_t last) {
-        Buffer<Numbers<T, Lanes>> memory(last - first);
-        for (int64_t t = steps - 1; t >= 0; --t) {
-          const int64_t at = (row * steps + t) * dims;
+      Numbers<T, Lanes> own;
+      std::fill_n(own.begin(), count, T(1));
+      // Memories behind which the tensor goes on for as many lanes.
+      const int64_t whole = std::max<int64_t>(0, grad_u.numel() - (Lanes + count - 1) / count + 1);
+      over_memories<TOGETHER_OF<T, Lanes>>(grad_u.size(0), dims, [&](auto together, int64_t row, int64_t first, int64_t last) {
+        constexpr int Together = decltype(together)::value;
+        using Memories = Numbers<T, Lanes>[Together];
+        Buffer<Numbers<T, Lanes>> memories((last - first) * Together);
+        for (int64_t t = steps - 1; t >= 0; --t)
           for (int64_t d = first; d < last; ++d) {
             const int64_t s = shared ? 0 : d;
-            Numbers<T, Lanes> now, earlier;
-            std::memcpy(now.begin(), from + (at + d) * count, count * sizeof(T));
-            now.add(memory[d - first]);
-            if (arrived) std::memcpy(arrived + (at + d) * count, now.begin(), count * sizeof(T));
-            const T *values = now.begin(), *input = systems.inputs[s].begin();
-            T sum = 0;
-            for (int64_t n = 0; n < count; ++n) sum += values[n] * input[n];
-            to_u[at + d] = sum;
-            apply<T, Lanes, Order>(&systems.columns[s * count], values, count, earlier);
-            memory[d - first] = earlier;
+            Numbers<T, Lanes>* const later = &memories[(d - first) * Together];
+            Memories now, earlier;
+            for (int m = 0; m < Together; ++m) {
+              const int64_t at = ((row + m) * steps + t) * dims + d;
+              if (at < whole)
+                now[m].load(from + at * count, own);
+              else
+                std::memcpy(now[m].begin(), from + at * count, count * sizeof(T));
+              now[m].add(later[m]);
+              if (arrived) std::memcpy(arrived + at * count, now[m].begin(), count * sizeof(T));
+              to_u[at] = now[m].times(systems.inputs[s]);
+            }
+            apply<T, Lanes, Order>(&systems.columns[s * count], now, count, earlier);
+            std::copy_n(earlier, Together, later);
           }
-        }
-        T* start = to_starts + row * dims * count;
-        for (int64_t d = first; d < last; ++d) std::memcpy(start + d * count, memory[d - first].begin(), count * sizeof(T));
+        for (int64_t d = first; d < last; ++d)
+          for (int m = 0; m < Together; ++m)
+            std::memcpy(
+                to_starts + ((row + m) * dims + d) * count, memories[(d - first) * Together + m].begin(), count * sizeof(T));
       });
     });
   });

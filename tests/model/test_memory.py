@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lmu_hf.model import memory as module
 from lmu_hf.model.compiled import LARGEST_ORDER
 from lmu_hf.model.costs import MANY_ROWS
 from lmu_hf.model.legendre import DelaySystem, delay_system
@@ -74,6 +75,55 @@ def test_equals_naive(algorithm, shape, initial, ragged, dtype):
     for ours, naive in zip(gradients, naive_gradients, strict=False):
         scale = max(1.0, float(naive.abs().max()))
         assert (ours - naive).abs().max() < TOLERANCE[dtype] * scale
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "sizes", [(19, 23, 1, False), (26, 9, 2, True), (13, 11, 3, True), (1, 17, 5, False), (37, 1, 1, False)]
+)
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 23, 32])
+def test_every_order_of_the_compiled_loop(order, sizes, threads, dtype, compiled_loop, set_threads):
+    """Rows that go through the steps together, and those left over; the gradients of the system, too."""
+    set_threads(threads)
+    batch, steps, dims, own = sizes
+    scales = dims if own else 1
+    Ad = 0.7 * torch.randn(scales, order, order, dtype=dtype) / order**0.5
+    tensors = [
+        torch.randn(batch, steps, dims, dtype=dtype),
+        torch.randn(batch, dims, order, dtype=dtype),
+        Ad,
+        torch.randn(scales, order, dtype=dtype),
+    ]
+    weight = torch.randn(batch, steps, dims, order, dtype=dtype)
+    results = []
+    for scan in (module._Scan.apply, naive_scan):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        states = scan(*leaves)
+        results.append([states, *torch.autograd.grad((states * weight).sum(), leaves)])
+    for ours, naive in zip(*results, strict=True):
+        scale = max(1.0, float(naive.detach().abs().max()))
+        assert (ours - naive).abs().max() < TOLERANCE[dtype] * scale
+
+
+def naive_scan(u, memory, Ad, Bd):
+    states = []
+    for t in range(u.shape[1]):
+        memory = module.memory_step(memory, u[:, t], Ad, Bd)
+        states.append(memory)
+    return torch.stack(states, dim=1)
+
+
+def test_what_is_not_finite_stays_in_its_memory(compiled_loop):
+    """Forwards in its row and dimension; backwards too, although vectors reach into the one behind it."""
+    memory, Ad, Bd = torch.randn(9, 2, 5), torch.randn(1, 5, 5), torch.randn(1, 5)
+    u, grad = torch.randn(9, 7, 2, requires_grad=True), torch.randn(9, 7, 2, 5)
+    grad[4, 3, 1, 0] = torch.nan
+    states = module._Scan.apply(u, memory, Ad, Bd)
+    (gradient,) = torch.autograd.grad(states, u, grad)
+    expected = torch.ones(9, 7, 2, dtype=torch.bool)
+    expected[4, :4, 1] = False
+    assert torch.equal(gradient.isfinite(), expected)
 
 
 @pytest.mark.parametrize("initial", [False, True], ids=["zero", "state"])
