@@ -1,8 +1,8 @@
 """What the algorithms of a memory cost: the models by which ``auto`` chooses; those of layers are in :mod:`layer_costs`.
 
 Nanoseconds of a forward pass, or of forward and backward, on a CPU. The forms follow from the algorithms; the factors were fitted
-to measurements on two cores each of two server processors, with vectors of 256 and of 512 bits. Only their ratios matter, and
-these are alike on other processors. On other devices than CPUs, and in traced graphs, which serve many sizes, the choices are
+to measurements on two cores of a server processor with vectors of 512 bits, those of loops in Python and of layers also of one
+with 256. Only the ratios of those that are compared matter, and these are alike on other processors. On other devices than CPUs, and in traced graphs, which serve many sizes, the choices are
 reasoned, not measured.
 """
 
@@ -20,7 +20,9 @@ CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)
 # Steps per chunk where nothing was measured: few, large products, since launching them is what costs.
 DEFAULT_CHUNK = 32
 
-# Numbers beyond which a tensor is taken from the system anew each time, so that touching it costs more than computing it.
+# Numbers of a tensor that stay in a cache: those beyond cost more.
+_CACHED = 8 << 20
+# Numbers beyond which torch takes a tensor from the system anew each time, so that touching it costs more than computing it.
 _LARGE = 4 << 20
 
 # Of a vector, and so columns of a kernel that go together.
@@ -30,8 +32,8 @@ _HALF_FULL = 1.15
 
 
 class _Factors(NamedTuple):
-    """Nanoseconds: of a call, of a chunk or step, per multiply-add, per number written, per number of a large tensor, per number
-    of a chunk's operator, where the starts of the chunks come first, of what makes one start of the last, and per number of u;
+    """Nanoseconds: of a call, of a chunk or step, per multiply-add, per number written, per number beyond a cache, per number of
+    a chunk's operator, where the starts of the chunks come first, of what makes one start of the last, and per number of u;
     and per chunk whose start comes first."""
 
     call: float
@@ -46,12 +48,17 @@ class _Factors(NamedTuple):
 
 
 # Without and with a backward pass.
-_SCAN = (_Factors(152e3, 5.64, 0.0382, 0.0, 1.9), _Factors(552e3, 33.3, 0.116, 0.0, 0.0))
+_SCAN = (_Factors(53.9e3, 3.09, 0.0228, 0.0, 0.332), _Factors(112e3, 10.1, 0.0694, 0.0, 0.263))
 _CHUNKED = (
+    _Factors(105e3, 17e3, 0.00492, 0.0516, 0.424, 0.0919, 0.0505, 0.893, 9.17e3),
+    _Factors(204e3, 49.2e3, 0.0149, 0.0535, 0.682, 0.252, 0.177, 3.31, 23e3),
+)
+# Where nothing is compiled: measured on another day, to be compared with each other alone.
+_CHUNKED_IN_PYTHON = (
     _Factors(184e3, 46.9e3, 0.0129, 0.1, 2.06, 0.476, 0.163, 0.0, 23.3e3),
     _Factors(498e3, 216e3, 0.0271, 0.589, 9.25, 3.9, 0.0, 1.89, 172e3),
 )
-_FFT = (_Factors(431e3, 0.0, 0.08, 0.51, 3.4), _Factors(780e3, 0.0, 0.244, 1.12, 7.2))
+_FFT_IN_PYTHON = (_Factors(431e3, 0.0, 0.08, 0.51, 3.4), _Factors(780e3, 0.0, 0.244, 1.12, 7.2))
 
 # Rows of a chunk's product from which it has full speed; with fewer, the starts of the chunks come first and then all at once.
 MANY_ROWS = 64
@@ -79,12 +86,12 @@ def memory_costs(
         parallel = min(rows, torch.get_num_threads())
         each = rows * steps / parallel * (own.part + own.product * order * lanes)
         each *= _HALF_FULL if lanes < LANES else 1
-        costs["scan", 0] = own.call + each + own.large * max(numbers - _LARGE, 0)
+        costs["scan", 0] = own.call + each + own.large * max(numbers - _CACHED, 0)
     if at_rest and compiled and (steps >= _TRANSFORMED or rows < MANY_ROWS):
         costs["fft", 0] = systems * transforms_cost(_COMPILED_FFT[training], rows // systems, steps, order)
     elif at_rest and not compiled:
         costs["fft", 0] = _torch_transforms_cost(rows, steps, order, training=training)
-    own = _CHUNKED[training]
+    own, near = (_CHUNKED[training], _CACHED) if compiled else (_CHUNKED_IN_PYTHON[training], _LARGE)
     for longest in CHUNKS[2:]:
         size = min(longest, max(steps, 1))
         chunks = -(-steps // size)
@@ -96,7 +103,7 @@ def memory_costs(
             read, start = chunks, own.part + 3 * own.number * rows * order * (1 - begun / steps)
             inputs -= begun / steps * (inputs - (begun + size) / 2)
         work = numbers * (own.product * inputs + own.number) + own.operator * size * order * inputs * read
-        work += own.signal * rows * steps + own.large * max(numbers - _LARGE, 0)
+        work += own.signal * rows * steps + own.large * max(numbers - near, 0)
         costs["chunked", longest] = own.call + chunks * start + work
         if longest >= steps:
             break
@@ -105,7 +112,7 @@ def memory_costs(
 
 def _torch_transforms_cost(rows: int, steps: int, order: int, *, training: bool) -> float:
     """What :func:`spectral_convolution` takes for all states."""
-    own, digits = _FFT[training], (2 * steps - 1).bit_length()
+    own, digits = _FFT_IN_PYTHON[training], (2 * steps - 1).bit_length()
     padded = rows * order << digits
     # Spectra are transposed on the way, which past 2^11 numbers each leaves the cache.
     scattered = min(max(2.0 ** (digits - 11), 1.0), 8.0)
@@ -115,8 +122,8 @@ def _torch_transforms_cost(rows: int, steps: int, order: int, *, training: bool)
 
 class Transforms(NamedTuple):
     """Nanoseconds of compiled convolutions: per call; per point of a spectrum and stage, per point, and more where points leave a
-    core's cache; for each further signal of a row; per point and stage of the kernel's spectrum; and per number that the system
-    has to provide."""
+    core's cache; for each further signal of a row; per point and stage of the kernel's spectrum; and per number beyond
+    a cache."""
 
     call: float
     stage: float
@@ -129,8 +136,8 @@ class Transforms(NamedTuple):
 
 # All states of a memory, without and with a backward pass.
 _COMPILED_FFT = (
-    Transforms(202e3, 0.0769, 0.32, 0.0, 0.0, 0.4, 1.24),
-    Transforms(961e3, 0.456, 0.0536, 0.0, 0.0, 0.416, 4.13),
+    Transforms(99.6e3, 0.0399, 0.0, 0.108, 0.0, 0.12, 0.541),
+    Transforms(217e3, 0.127, 0.0, 0.238, 0.0, 0.247, 0.0105),
 )
 # Steps from which they are worth it for many rows: of fewer, one product does it all.
 _TRANSFORMED = 32
@@ -143,7 +150,7 @@ def transforms_cost(own: Transforms, rows: int, steps: int, columns: int, signal
     groups = -(-columns // (LANES * threads)) * threads
     stages, points = math.log2(size), size * groups * LANES / 2
     each = own.stage * stages + own.point + own.far * max(stages - 12, 0) + own.signal * (signals - 1)
-    numbers = max(rows * steps * columns - _LARGE, 0)
+    numbers = max(rows * steps * columns - _CACHED, 0)
     return own.call + points * (rows * each + own.kernel * stages * signals) + own.large * numbers
 
 
@@ -185,9 +192,9 @@ def memory_algorithm(
     return _cheapest(costs)
 
 
-def memory_chunk(rows: int, steps: int, order: int, *, training: bool, measured: bool) -> int:
+def memory_chunk(rows: int, steps: int, order: int, *, training: bool, compiled: bool, measured: bool) -> int:
     """Steps per chunk where the algorithm is "chunked" by name."""
     if not measured:
         return DEFAULT_CHUNK
-    costs = memory_costs(rows, steps, order, training=training, compiled=False)
+    costs = memory_costs(rows, steps, order, training=training, compiled=compiled)
     return min((size for name, size in costs if name == "chunked"), key=lambda size: costs["chunked", size])

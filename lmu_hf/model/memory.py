@@ -164,7 +164,8 @@ def _chunked(u: Tensor, system: DelaySystem, initial_state: Tensor | None, lengt
     if torch.compiler.is_compiling():  # tracers follow plain operations only
         return _finish(unfold_sequence(traced_states(inputs, memory, system), u.shape), initial_state, lengths)
     training = wants_gradient(inputs, initial_state, system.Ad)
-    size = min(steps, memory_chunk(rows, steps, system.order, training=training, measured=measured(u)))
+    how = {"training": training, "compiled": available(u), "measured": measured(u)}
+    size = min(steps, memory_chunk(rows, steps, system.order, **how))
     operator = system.chunk_operator(size, u.dtype, u.device)
     if (inputs.shape[1] < MANY_ROWS or starts_at_once(inputs)) and not operator.requires_grad:
         states = _ChunksAtOnce.apply(inputs, memory, operator, size)
