@@ -2,8 +2,8 @@
 
 Nanoseconds of a forward pass, or of forward and backward, on a CPU. The forms follow from the algorithms; the factors were fitted
 to measurements on two cores of a server processor with vectors of 512 bits, those of loops in Python and of layers also of one
-with 256. Only the ratios of those that are compared matter, and these are alike on other processors. On other devices than CPUs, and in traced graphs, which serve many sizes, the choices are
-reasoned, not measured.
+with 256. Only the ratios of those that are compared matter, and these are alike on other processors. On other devices than CPUs,
+and in traced graphs, which serve many sizes, the choices are reasoned, not measured.
 """
 
 import math
