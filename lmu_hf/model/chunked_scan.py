@@ -22,7 +22,17 @@ from .memory import wants_gradient
 from .precision import full_float32
 from .ragged import Trajectory
 from .scan import scan_class
-from .scratch import Scratch, add_step_gradient, after_last, arriving, before_each, first_derivative, known_sums, of_steps
+from .scratch import (
+    Scratch,
+    add_step_gradient,
+    arriving,
+    before_each,
+    first_derivative,
+    gradients_of,
+    known_sums,
+    of_steps,
+    results_of,
+)
 from .time_loop import Encoding, State, TimeLoop, send_back, start_all
 
 # A segment has about this many rows, chunks times batch, for its products to run at full speed, but no more numbers in its
@@ -46,6 +56,7 @@ def chunked_scan(
     steps: int,
     *,
     activation: str = "linear",
+    last: bool = True,
 ) -> tuple[Tensor | None, Tensor, Trajectory]:
     """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
 
@@ -60,14 +71,15 @@ def chunked_scan(
         states: hidden state tensors before the first step, (B, H) each.
         steps: T.
         activation: of u, with ``operators.encoder``; a key of ``GATES``.
+        last: the states after the last step are wanted by themselves.
 
     Returns:
         u (B, K * C, D), zero past T, where it is computed here; the memory at the start of each chunk (B, K, D * N); and the
         hidden states.
     """
     inputs = (None if given is None else with_rows(given), weight, bias, u, memory, *operators, *states)
-    u, starts, *results = _ChunkedScan.apply(_Settings(cell, steps, activation, wants_gradient(*inputs)), *inputs)
-    return u, starts, Trajectory.of(results, len(states))
+    u, starts, *results = _ChunkedScan.apply(_Settings(cell, steps, activation, last, wants_gradient(*inputs)), *inputs)
+    return u, starts, Trajectory.of(results, len(states) * last)
 
 
 class _Settings(NamedTuple):
@@ -76,6 +88,7 @@ class _Settings(NamedTuple):
     cell: Pointwise
     steps: int
     activation: str
+    last: bool
     backward: bool
 
 
@@ -158,8 +171,7 @@ class _ChunkedScan(torch.autograd.Function):
         saved = (given, weight, bias, u, starts, *operators, *states, *kept)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        sequences = kept[: len(states)]
-        return (u if feedback else None), starts, *sequences, *after_last(sequences)
+        return (u if feedback else None), starts, *results_of(kept[: len(states)], last=settings.last)
 
     @staticmethod
     @first_derivative
@@ -176,7 +188,8 @@ class _ChunkedScan(torch.autograd.Function):
         batch, width = states[0].shape[0], step.shape[1]
 
         scan = _make_scan(ctx, operators, u, states, kept)
-        scan.start_backward(arriving(grad_states, states, kept), grad_states[len(states) :])
+        of_sequences, of_last = gradients_of(grad_states, states, last=ctx.settings.last)
+        scan.start_backward(arriving(of_sequences, states, kept), of_last)
         grad_given = empty(given, *given.shape) if needed["given"] else None
         weights = {"weight": weight, "bias": bias, **operators._asdict()}
         added: dict[str, Tensor] = {}  # what the loop adds up

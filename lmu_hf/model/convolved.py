@@ -18,7 +18,7 @@ from .gates import Pointwise
 from .memory import wants_gradient
 from .ragged import Trajectory
 from .scan import scan_class
-from .scratch import after_last, arriving, first_derivative, known_sums
+from .scratch import arriving, first_derivative, gradients_of, known_sums, results_of
 from .time_loop import State, TimeLoop
 
 # Numbers of the sums of some rows, which a cache that threads share is to hold. But rows enough for full products, or, where that
@@ -36,6 +36,8 @@ def convolved_scan(
     kernel: Tensor,
     hidden_weight: Tensor,
     states: State,
+    *,
+    last: bool = True,
 ) -> Trajectory:
     """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
 
@@ -48,17 +50,18 @@ def convolved_scan(
         kernel: what the gates receive of an impulse, by memory dimension and lag (D, T, G).
         hidden_weight: h -> gates (H, G).
         states: hidden state tensors before the first step, (B, H) each.
+        last: the states after the last step are wanted by themselves.
 
     Returns:
         The hidden states.
     """
     inputs = (given, weight, bias, u, kernel, hidden_weight, *states)
-    return Trajectory.of(_ConvolvedScan.apply(cell, wants_gradient(*inputs), *inputs), len(states))
+    return Trajectory.of(_ConvolvedScan.apply(cell, last, wants_gradient(*inputs), *inputs), len(states) * last)
 
 
 class _ConvolvedScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cell: Pointwise, wanted: bool, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, cell: Pointwise, last: bool, wanted: bool, *inputs: Any) -> tuple[Tensor, ...]:
         given, weight, bias, u, kernel, hidden_weight, *states = inputs
         kept = cell.allocate(tuple(states), u.shape[1], backward=wanted)
         width = hidden_weight.shape[1]
@@ -71,21 +74,21 @@ class _ConvolvedScan(torch.autograd.Function):
             loop = _loop(cell, hidden_weight, states, kept, rows)
             loop.forward(0, u.shape[1], sums, sums[..., :0])
         ctx.save_for_backward(*inputs, *kept)
-        ctx.cell, ctx.inputs, ctx.states, ctx.device_type = cell, len(inputs), len(states), u.device.type
+        ctx.cell, ctx.last, ctx.states, ctx.device_type = cell, last, len(states), u.device.type
         ctx.set_materialize_grads(False)
-        return *(sequences := kept[: len(states)]), *after_last(sequences)
+        return results_of(kept[: len(states)], last=last)
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *_backward(ctx, grads)
+        return None, None, None, *_backward(ctx, grads)
 
 
 def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     given, weight, bias, u, kernel, hidden_weight, *rest = ctx.saved_tensors
     states, kept = rest[: ctx.states], tuple(rest[ctx.states :])
     names = ("given", "weight", "bias", "u", "kernel", "hidden_weight")
-    wanted = dict(zip(names, ctx.needs_input_grad[2:], strict=False))
+    wanted = dict(zip(names, ctx.needs_input_grad[3:], strict=False))
     steps, width = u.shape[1], hidden_weight.shape[1]
     # Those that are added to begin with zeros; that of the largest matrix is written by its first product.
     made = {
@@ -108,7 +111,8 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
         sums = _room(sums, u[rows], width)
         loop = _loop(ctx.cell, hidden_weight, states, kept, rows)
         of_rows = tuple(None if grad is None else grad[rows] for grad in grads)
-        loop.start_backward(arriving(of_rows, states, tuple(tensor[rows] for tensor in kept)), of_rows[len(states) :])
+        of_sequences, of_last = gradients_of(of_rows, states, last=ctx.last)
+        loop.start_backward(arriving(of_sequences, states, tuple(tensor[rows] for tensor in kept)), of_last)
         loop.backward(0, steps, sums[..., :0], sums)
         of_states.append(loop.initial_gradients())
         flat = sums.view(-1, width)

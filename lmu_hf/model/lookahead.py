@@ -68,7 +68,8 @@ def lookahead_recurrence(
     Computes in float32 or better. Its gradient cannot be differentiated again.
     """
     with torch.autocast(x.device.type, enabled=False):
-        u, starts, states = _run(cell, x, state.memory, state.hidden, weights, system, dropout, chunk)
+        last = Trajectory.wants_last(lengths, return_sequence, return_state)
+        u, starts, states = _run(cell, x, state.memory, state.hidden, weights, system, dropout, chunk, last=last)
         output = states.output(lengths, return_sequence).to(x.dtype)
         if not return_state:
             return output, None
@@ -101,7 +102,8 @@ def relaxed_recurrence(
         dtype = own.x.dtype
         kernel = by_dimension(system.impulse_response(x.shape[1] - 1, dtype, x.device), own.to_sums)
         before = tuple(part.to(dtype) for part in state.hidden)
-        u, states = relaxed_scan(own.cell, own.x, own.weight, own.bias, kernel, own.hidden, before, block)
+        last = Trajectory.wants_last(lengths, return_sequence, return_state)
+        u, states = relaxed_scan(own.cell, own.x, own.weight, own.bias, kernel, own.hidden, before, block, last=last)
         output = states.output(lengths, return_sequence).to(x.dtype)
         if not return_state:
             return output, None
@@ -119,7 +121,7 @@ def lookahead_input(
     sizes = Recurrence(x.shape[0], x.shape[1], cell.memory_d, cell.order, 0, 0)
     chunk = lookahead_chunk(sizes, training=training, measured=measured(x))
     with torch.autocast(x.device.type, enabled=False):
-        u, *_ = _run(cell, x, memory, (x.new_zeros(x.shape[0], 0),), weights, system, dropout, chunk)
+        u, *_ = _run(cell, x, memory, (x.new_zeros(x.shape[0], 0),), weights, system, dropout, chunk, last=False)
     return u[:, : x.shape[1]]
 
 
@@ -179,6 +181,8 @@ def _run(
     system: DelaySystem,
     dropout: Dropout,
     chunk: int,
+    *,
+    last: bool,
 ) -> tuple[Tensor, Tensor, Trajectory]:
     """Returns u (B, K * C, D), the memory at the start of each chunk (B, K, D * N), and the hidden states."""
     own = _Feedback.of(cell, x, weights, system, dropout)
@@ -186,7 +190,7 @@ def _run(
     operators = operators._replace(encoder=own.encoder, direct=own.direct, mask=own.mask)
     dtype = own.x.dtype
     start = (None, memory.to(dtype), operators, tuple(part.to(dtype) for part in hidden), x.shape[1])
-    u, starts, states = chunked_scan(own.cell, own.x, own.weight, own.bias, *start, activation=cell.encoder_act)
+    u, starts, states = chunked_scan(own.cell, own.x, own.weight, own.bias, *start, activation=cell.encoder_act, last=last)
     assert u is not None
     assert starts is not None
     return u, starts, states

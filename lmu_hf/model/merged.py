@@ -25,7 +25,7 @@ from .folding import encoder_matrix
 from .gates import GateWeights, Pointwise
 from .legendre import DelaySystem
 from .precision import exact_matmul
-from .ragged import blank, last_valid, where_started
+from .ragged import Trajectory, blank, last_valid, where_started
 from .recurrent_scan import recurrent_scan
 from .state import Dropout, LMUState
 
@@ -65,7 +65,8 @@ def merged_recurrence(
         states = (start, *(part.to(dtype) for part in state.hidden[1:]))
         cells = Pointwise(weights.kind, linear)
         alone = return_sequence or lengths is not None
-        ran = recurrent_scan(cells, given.to(dtype), matrix, states, constant=constant, alone=alone)
+        last = Trajectory.wants_last(lengths, return_sequence, return_state)
+        ran = recurrent_scan(cells, given.to(dtype), matrix, states, constant=constant, alone=alone, last=last)
     if alone:
         output = (blank if return_sequence else last_valid)(ran.each[-1], lengths)
     else:

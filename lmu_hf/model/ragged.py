@@ -146,16 +146,23 @@ class Trajectory(NamedTuple):
 
     Attributes:
         each: after each step (B, T, H).
-        last: after the last step (B, H), so that a gradient that reaches only these need not be filled up to one of all steps.
+        last: after the last step (B, H), so that a gradient that reaches only these need not be filled up to one of all steps;
+            none where they are not wanted.
     """
 
     each: tuple[Tensor, ...]
     last: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], states: int) -> "Trajectory":
-        """From a list that ends with what is after the last step."""
-        return cls(tuple(tensors[:-states]), tuple(tensors[-states:]))
+    def of(cls, tensors: Sequence[Tensor], last: int) -> "Trajectory":
+        """From a list that ends with so many tensors of the last step."""
+        cut = len(tensors) - last
+        return cls(tuple(tensors[:cut]), tuple(tensors[cut:]))
+
+    @staticmethod
+    def wants_last(lengths: Tensor | None, return_sequence: bool, return_state: bool) -> bool:
+        """Whether such a run needs the states after the last step by themselves. Each result costs some microseconds."""
+        return lengths is None and (return_state or not return_sequence)
 
     def end(self, index: int, lengths: Tensor | None) -> Tensor:
         """The state tensor with this index (B, H) after each row's last valid step; zeros for a row without any."""

@@ -25,7 +25,7 @@ from .memory import wants_gradient
 from .precision import full_float32
 from .ragged import Trajectory
 from .scan import scan_class
-from .scratch import Scratch, after_last, arriving, before_each, first_derivative, known_sums
+from .scratch import Scratch, arriving, before_each, first_derivative, gradients_of, known_sums, results_of
 from .time_loop import State, TimeLoop, carried
 
 # A segment has about so many rows, steps times batch, for its products to run at full speed, but no more numbers than stay in the
@@ -35,7 +35,14 @@ _ROWS_CUDA, _NUMBERS_CUDA = 1 << 20, 1 << 25
 
 
 def recurrent_scan(
-    cell: Pointwise, given: Tensor, matrix: Tensor, states: State, *, constant: bool = False, alone: bool = True
+    cell: Pointwise,
+    given: Tensor,
+    matrix: Tensor,
+    states: State,
+    *,
+    constant: bool = False,
+    alone: bool = True,
+    last: bool = True,
 ) -> Trajectory:
     """Runs the recurrence. All tensors have one dtype, float32 or float64; there is no second derivative.
 
@@ -47,14 +54,15 @@ def recurrent_scan(
         states: hidden state tensors before the first step; the first is (B, H).
         constant: the last row of ``matrix`` is a bias, behind those for x.
         alone: where the first state is [m, h], h of each step is wanted by itself.
+        last: the states after the last step are, too.
 
     Returns:
         The states. With ``alone`` h comes once more after those of each step, so that its gradient need not be filled up to that
         of [m, h].
     """
     given = with_rows(given)
-    settings = _Settings(cell, constant, alone and cell.linear > 0, wants_gradient(given, matrix, *states))
-    return Trajectory.of(_RecurrentScan.apply(settings, given, matrix, *states), len(states))
+    settings = _Settings(cell, constant, alone and cell.linear > 0, last, wants_gradient(given, matrix, *states))
+    return Trajectory.of(_RecurrentScan.apply(settings, given, matrix, *states), len(states) * last)
 
 
 class _Settings(NamedTuple):
@@ -63,6 +71,7 @@ class _Settings(NamedTuple):
     cell: Pointwise
     constant: bool
     alone: bool
+    last: bool
     backward: bool
 
 
@@ -102,8 +111,7 @@ class _RecurrentScan(torch.autograd.Function):
         ctx.save_for_backward(given, matrix, *states, *kept)
         ctx.settings, ctx.states, ctx.device_type = settings, len(states), matrix.device.type
         ctx.set_materialize_grads(False)
-        sequences = kept[: len(states)]
-        return *sequences, *(() if alone is None else (alone,)), *after_last(sequences)
+        return results_of(kept[: len(states)], *(() if alone is None else (alone,)), last=settings.last)
 
     @staticmethod
     @first_derivative
@@ -115,18 +123,18 @@ def _backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     given, matrix, *rest = ctx.saved_tensors
     states, kept, settings = tuple(rest[: ctx.states]), tuple(rest[ctx.states :]), ctx.settings
     wants_given, wants_matrix = ctx.needs_input_grad[1:3]
-    arrived = arriving(_joined(grads[: -len(states)], settings), states, kept)
-    last = grads[-len(states) :]
+    of_sequences, of_last = gradients_of(grads, states, last=settings.last)
+    arrived = arriving(_joined(of_sequences, settings), states, kept)
     grad_given = empty(given, *given.shape) if wants_given else None
     grad_matrix = empty(matrix, *matrix.shape) if wants_matrix else None
     if _in_one_call(given, matrix):
-        carries = carried(last, states)
+        carries = carried(of_last, states)
         outer = [contiguous(grad) for grad in arrived]
         ways = (outer, carries[0], carries[-1], grad_given, grad_matrix)
         torch.ops.lmu_hf.recurrent_backward(*settings.cell, given, matrix, states, kept, *ways)
         return grad_given, grad_matrix, *carries
     scan, parts = _prepare(settings, matrix, states, kept)
-    scan.start_backward(arrived, last)
+    scan.start_backward(arrived, of_last)
     made = None if grad_matrix is None else _Parts.of(grad_matrix, states[0].shape[1], constant=settings.constant)
     scratch, width = Scratch(matrix), matrix.shape[1]
     segments = _segments(given, width)

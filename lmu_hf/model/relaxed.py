@@ -29,7 +29,7 @@ from .gates import Pointwise
 from .memory import wants_gradient
 from .ragged import Trajectory
 from .scan import CompiledScan
-from .scratch import add_step_gradient, after_last, arriving, before_each, first_derivative, of_steps
+from .scratch import add_step_gradient, arriving, before_each, first_derivative, gradients_of, of_steps, results_of
 from .time_loop import State
 
 # Numbers of the gradients of the sums of some rows that are kept for products: 128 MiB in float32.
@@ -45,6 +45,8 @@ def relaxed_scan(
     hidden_weight: Tensor,
     states: State,
     block: int,
+    *,
+    last: bool = True,
 ) -> tuple[Tensor, Trajectory]:
     """Runs the recurrence from an empty memory on. All tensors have one dtype, float32 or float64; there is no second derivative.
 
@@ -57,14 +59,15 @@ def relaxed_scan(
         hidden_weight: h -> sums of the next step (H, W).
         states: hidden state tensors before the first step, (B, H) each.
         block: C, see :func:`convolution.block_size`.
+        last: the states after the last step are wanted by themselves.
 
     Returns:
         u (B, T, D), and the hidden states.
     """
     assert available(given)
     inputs = (given, weight, bias, kernel, hidden_weight, *states)
-    u, *results = _RelaxedScan.apply(_Settings(cell, block, wants_gradient(*inputs)), *inputs)
-    return u, Trajectory.of(results, len(states))
+    u, *results = _RelaxedScan.apply(_Settings(cell, block, last, wants_gradient(*inputs)), *inputs)
+    return u, Trajectory.of(results, len(states) * last)
 
 
 class _Settings(NamedTuple):
@@ -72,6 +75,7 @@ class _Settings(NamedTuple):
 
     cell: Pointwise
     block: int
+    last: bool
     backward: bool
 
 
@@ -87,7 +91,7 @@ class _RelaxedScan(torch.autograd.Function):
         ctx.save_for_backward(given, *inputs[1:], u, *kept)
         ctx.settings, ctx.states, ctx.device_type = settings, len(states), u.device.type
         ctx.set_materialize_grads(False)
-        return u, *(sequences := kept[: len(states)]), *after_last(sequences)
+        return u, *results_of(kept[: len(states)], last=settings.last)
 
     @staticmethod
     @first_derivative
@@ -96,7 +100,8 @@ class _RelaxedScan(torch.autograd.Function):
         states, u, kept = tuple(rest[: ctx.states]), rest[ctx.states], tuple(rest[ctx.states + 1 :])
         wants_given, wants_weight, wants_bias, wants_kernel, wants_hidden, *_ = ctx.needs_input_grad[1:]
         loop, spectra = _prepare(ctx.settings, kernel, hidden_weight, u, states, kept)
-        loop.start_backward(arriving(grads, states, kept), grads[len(states) :])
+        of_sequences, of_last = gradients_of(grads, states, last=ctx.settings.last)
+        loop.start_backward(arriving(of_sequences, states, kept), of_last)
         to_u = zeros(u, *u.shape) if grad_u is None else grad_u.clone(memory_format=torch.contiguous_format)
         to_given = empty(given, *given.shape) if wants_given else None
         to_kernel = zeros(kernel, *kernel.shape) if wants_kernel else None
@@ -134,7 +139,7 @@ def _prepare(
     settings: _Settings, kernel: Tensor, hidden_weight: Tensor, u: Tensor, states: State, kept: State
 ) -> tuple[CompiledScan, list[Tensor]]:
     """The loop over blocks, and the spectra of the kernel for 1, 2, 4, .. of them."""
-    (cell, block, _), steps, kernel = settings, u.shape[1], kernel.contiguous()
+    cell, block, steps, kernel = settings.cell, settings.block, u.shape[1], kernel.contiguous()
     short = F.pad(kernel[:, : block - 1], (0, 0, 0, max(block - steps, 0)))
     step = below(short.flip(1).transpose(0, 1).flatten(0, 1), hidden_weight)
     lengths = [block << level for level in range((-(-steps // block) - 1).bit_length())]

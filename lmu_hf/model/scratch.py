@@ -96,9 +96,18 @@ def add_step_gradient(total: Tensor, grad: Tensor, u: Tensor | None, before: Ten
     add_matmul(total[:of_u], lags.mT, grad, beta=beta)
 
 
-def after_last(sequences: State) -> State:
-    """What state sequences (B, T, H) end with, (B, H) each: copies, as whoever keeps a state must not keep the sequence."""
-    return tuple(sequence[:, -1].clone() for sequence in sequences)
+def results_of(sequences: State, *others: Tensor, last: bool) -> State:
+    """State sequences (B, T, H) and others, and, if it is wanted, what the former end with, (B, H) each: copies, as whoever keeps
+    a state must not keep the sequence."""
+    return *sequences, *others, *(sequence[:, -1].clone() for sequence in sequences if last)
+
+
+def gradients_of(
+    grads: Sequence[Tensor | None], states: Sequence[Tensor], *, last: bool
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """The gradients of what :func:`results_of` returned: of sequences and others, and of the states after the last step."""
+    cut = len(grads) - len(states) * last
+    return tuple(grads[:cut]), tuple(grads[cut:]) or (None,) * len(states)
 
 
 def arriving(grads: Sequence[Tensor | None], states: Sequence[Tensor], sequences: State) -> State:

@@ -19,7 +19,7 @@ from .folding import ChunkOperators, by_dimension, final_memory, input_operators
 from .gates import GateWeights, Pointwise
 from .legendre import DelaySystem
 from .memory import linear_memory
-from .ragged import blank
+from .ragged import Trajectory, blank
 from .recurrent_scan import recurrent_scan
 from .state import LMUState
 
@@ -64,8 +64,9 @@ def uncoupled_recurrence(
         u = F.pad(blank(u.to(dtype), lengths), (0, 0, 0, -steps % chunk))
         given: tuple[Tensor | None, Tensor | None] = (x.to(dtype), of_input) if cell.input_to_hidden else (None, None)
         hidden = tuple(part.to(dtype) for part in state.hidden)
+        last = Trajectory.wants_last(lengths, return_sequence, return_state)
         memory = state.memory.to(dtype)
-        _, starts, states = chunked_scan(Pointwise(kind), *given, bias, u, memory, operators, hidden, steps)
+        _, starts, states = chunked_scan(Pointwise(kind), *given, bias, u, memory, operators, hidden, steps, last=last)
         assert starts is not None
         output = states.output(lengths, return_sequence).to(x.dtype)
         if not return_state:
@@ -99,8 +100,9 @@ def convolved_recurrence(
         given: tuple[Tensor | None, Tensor | None] = (x.to(dtype), of_input) if cell.input_to_hidden else (None, None)
         assert own.hidden_weight is not None
         before = tuple(part.to(dtype) for part in state.hidden)
+        last = Trajectory.wants_last(lengths, return_sequence, return_state)
         to_gates = (*given, own.bias, u, kernel)
-        states = convolved_scan(Pointwise(own.kind), *to_gates, own.hidden_weight, before)
+        states = convolved_scan(Pointwise(own.kind), *to_gates, own.hidden_weight, before, last=last)
         output = states.output(lengths, return_sequence)
         if not return_state:
             return output.to(x.dtype), None
@@ -130,5 +132,5 @@ def gated_scan(
         hidden_weight = weights.to(dtype).hidden_weight
         assert hidden_weight is not None
         hidden = tuple(part.to(dtype) for part in state)
-        states = recurrent_scan(Pointwise(weights.kind), base.to(dtype), hidden_weight, hidden)
+        states = recurrent_scan(Pointwise(weights.kind), base.to(dtype), hidden_weight, hidden, last=lengths is None)
     return states.output(lengths, return_sequence).to(state[0].dtype), states.final(state, lengths)
