@@ -48,10 +48,13 @@ class _Factors(NamedTuple):
 
 
 # Without and with a backward pass.
-_SCAN = (_Factors(53.9e3, 3.09, 0.0228, 0.0, 0.332), _Factors(112e3, 10.1, 0.0694, 0.0, 0.263))
+_SCAN = (
+    _Factors(90.7e3, 2.22, 0.0173, 0.0, 0.551, signal=1.97),
+    _Factors(153e3, 8.26, 0.0504, 0.0, 0.545, signal=7.1),
+)
 _CHUNKED = (
-    _Factors(105e3, 17e3, 0.00492, 0.0516, 0.424, 0.0919, 0.0505, 0.893, 9.17e3),
-    _Factors(204e3, 49.2e3, 0.0149, 0.0535, 0.682, 0.252, 0.177, 3.31, 23e3),
+    _Factors(115e3, 16.1e3, 0.00492, 0.0674, 0.395, 0.12, 0.0533, 1.05, 7.5e3),
+    _Factors(222e3, 46.5e3, 0.0147, 0.111, 0.96, 0.252, 0.108, 3.67, 22.9e3),
 )
 # Where nothing is compiled: measured on another day, to be compared with each other alone.
 _CHUNKED_IN_PYTHON = (
@@ -84,7 +87,9 @@ def memory_costs(
         own = _SCAN[training]
         lanes = next(lanes for lanes in (8, 16, 32) if order <= lanes)
         parallel = min(rows, torch.get_num_threads())
-        each = rows * steps / parallel * (own.part + own.product * order * lanes)
+        # States that fill no whole vectors are written in pieces.
+        written = own.signal if order > 8 and order % 16 else 0.0
+        each = rows * steps / parallel * (own.part + own.product * order * lanes + written)
         each *= _HALF_FULL if lanes < LANES else 1
         costs["scan", 0] = own.call + each + own.large * max(numbers - _CACHED, 0)
     if at_rest and compiled and (steps >= _TRANSFORMED or rows < MANY_ROWS):
@@ -136,8 +141,8 @@ class Transforms(NamedTuple):
 
 # All states of a memory, without and with a backward pass.
 _COMPILED_FFT = (
-    Transforms(99.6e3, 0.0399, 0.0, 0.108, 0.0, 0.12, 0.541),
-    Transforms(217e3, 0.127, 0.0, 0.238, 0.0, 0.247, 0.0105),
+    Transforms(111e3, 0.0406, 0.0, 0.11, 0.0, 0.121, 0.494),
+    Transforms(231e3, 0.126, 0.0, 0.23, 0.0, 0.231, 0.0248),
 )
 # Steps from which they are worth it for many rows: of fewer, one product does it all.
 _TRANSFORMED = 32
