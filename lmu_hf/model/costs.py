@@ -50,11 +50,11 @@ class _Factors(NamedTuple):
 # Without and with a backward pass.
 _SCAN = (
     _Factors(90.7e3, 2.22, 0.0173, 0.0, 0.551, signal=1.97),
-    _Factors(153e3, 8.26, 0.0504, 0.0, 0.545, signal=7.1),
+    _Factors(190e3, 10.0, 0.0504, 0.0, 0.545, signal=7.1),
 )
 _CHUNKED = (
     _Factors(115e3, 16.1e3, 0.00492, 0.0674, 0.395, 0.12, 0.0533, 1.05, 7.5e3),
-    _Factors(222e3, 46.5e3, 0.0147, 0.111, 0.96, 0.252, 0.108, 3.67, 22.9e3),
+    _Factors(222e3, 66e3, 0.0147, 0.111, 0.96, 0.252, 0.108, 3.67, 22.9e3),
 )
 # Where nothing is compiled: measured on another day, to be compared with each other alone.
 _CHUNKED_IN_PYTHON = (
