@@ -1,4 +1,4 @@
-"""Whether the operators of :mod:`lmu_hf.native` are there, and products, which they make where BLAS is slower.
+"""Whether the operators of :mod:`lmu_hf.native` are there, memory that they keep, and products, where BLAS is slower than theirs.
 
 A checkpoint that carries this file along runs without them.
 """
@@ -20,7 +20,7 @@ MOST_NUMBERS = 1 << 18
 # Columns of a panel, as in products.h.
 PANEL = 16
 
-# Bytes of a tensor from which on the C library asks the system for each.
+# Bytes of a tensor from which on the C library asks the system for each, as in allocator.h.
 _LARGE = 1 << 17
 
 # Multiply-adds from which a product in matrices.h is worth its call, and rows, columns and terms of one that is no thinner.

@@ -25,7 +25,7 @@ from .folding import encoder_matrix
 from .gates import GateWeights, Pointwise
 from .legendre import DelaySystem
 from .precision import exact_matmul
-from .ragged import Trajectory, blank, last_valid, where_started
+from .ragged import Trajectory, blank, where_started
 from .recurrent_scan import recurrent_scan
 from .state import Dropout, LMUState
 
@@ -67,10 +67,10 @@ def merged_recurrence(
         alone = return_sequence or lengths is not None
         last = Trajectory.wants_last(lengths, return_sequence, return_state)
         ran = recurrent_scan(cells, given.to(dtype), matrix, states, constant=constant, alone=alone, last=last)
-    if alone:
-        output = (blank if return_sequence else last_valid)(ran.each[-1], lengths)
+    if return_sequence:
+        output = blank(ran.each[-1], lengths)
     else:
-        output = ran.last[0][:, linear:].contiguous()
+        output = ran.end(-1, lengths) if alone else ran.last[0][:, linear:].contiguous()
     output = output.to(x.dtype)
     if not return_state:
         return output, None

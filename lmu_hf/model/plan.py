@@ -124,8 +124,8 @@ def make_plan(
         )
     else:
         memory, because = algorithm, f"algorithm={algorithm!r}"
-        sizes = {"training": trains_memory, "compiled": available(like), "measured": known}
-        chunk = memory_chunk(rows, steps, cell.order, **sizes) if memory == "chunked" else 0
+        how = {"training": trains_memory, "compiled": available(like), "measured": known}
+        chunk = memory_chunk(rows, steps, cell.order, **how) if memory == "chunked" else 0
     hidden = None if cell.hidden_cell is None else "at once"
     if recurrent:
         hidden = "step by step" if weights is None else _loop(like)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .compiled import empty
+from .compiled import zeros
 
 
 class Packing(NamedTuple):
@@ -137,7 +137,7 @@ class _AtStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (steps,) = ctx.saved_tensors
-        total = empty(grad, *ctx.shape).zero_()
+        total = zeros(grad, *ctx.shape)
         return total.index_put_((torch.arange(len(steps), device=steps.device), steps), grad), None
 
 
